@@ -1,0 +1,310 @@
+"""One frozen dataclass per command: its fields are its flags, and its entry in the checkpoint.
+
+Defaults are those of the training guide. The docstrings are what ``--help`` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+Compat = Literal["corrected", "published"]
+FeatureType = Literal["mfcc", "time_freq", "mixed"]
+Size = Literal["tiny", "small", "base", "large"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where recordings come from and how they become model input.
+
+    Args:
+        data_path: A folder of recordings (WFDB, .npy, ...), a data set's own folder, or a packed store.
+        sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
+        downsampling_factor: The model runs at 500 Hz divided by this: 5 is 100 Hz.
+        compat: "published" reproduces the preprocessing of the published weights, faults included.
+        cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
+        num_workers: Threads that read and prepare records ahead of the model.
+        seed: Seed of everything random.
+    """
+
+    data_path: Path
+    sampling_rate: float = 500.0
+    downsampling_factor: int = 5
+    compat: Compat = "corrected"
+    cache_dir: Path | None = None
+    num_workers: int = 2
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig(DataConfig):
+    """Pack recordings into a store: read once, memory-mapped ever after.
+
+    Args:
+        output_dir: Folder of the store.
+        dataset: Name of the data set, which knows labels and folds. "auto" looks at the folder.
+        signal_dtype: How samples are kept on disk.
+    """
+
+    output_dir: Path = dataclasses.field(kw_only=True)
+    dataset: str = "auto"
+    signal_dtype: Literal["int16", "float16"] = "int16"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractConfig(DataConfig):
+    """Extract the features that are clustered into pseudo-labels, one vector for each token.
+
+    Args:
+        output_path: File to write: .pkl (plain containers and arrays) or .npz.
+        feature_type: mfcc (39 numbers a token), time_freq (16) or mixed (29).
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    output_path: Path = dataclasses.field(kw_only=True)
+    feature_type: FeatureType = "mfcc"
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """Cluster features with k-means; the cluster of a token is its pseudo-label.
+
+    Args:
+        features_path: Features written by the extract command (.pkl or .npz).
+        output_path: File to write: .pkl (plain containers and arrays) or .safetensors.
+        num_clusters: Number of clusters K.
+        num_init: Starts; the one with the least inertia is kept.
+        max_iter: Lloyd iterations of a start at most.
+        tol: Stop when the centres move less than this, relative to the variance of the features.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        seed: Seed of the starts.
+    """
+
+    features_path: Path
+    output_path: Path
+    num_clusters: int = 100
+    num_init: int = 1
+    max_iter: int = 100
+    tol: float = 1e-4
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What pretraining and fine-tuning share.
+
+    Args:
+        output_dir: Folder for models, checkpoints and logs.
+        max_steps: Stop after this many optimiser steps, whatever num_epochs says.
+        accumulate_steps: Micro-batches in one optimiser step.
+        weight_decay: Weight decay of AdamW; biases and norms are exempt.
+        warmup: Share of all steps over which the learning rate rises from 0; then it falls linearly to 0.
+        clip_norm: Largest norm of the gradient; 0 turns clipping off.
+        precision: auto is float32 on a CPU and bfloat16 on a GPU.
+        device: Where to train: auto, cpu, cuda, cuda:1, ...
+        validate_every: Optimiser steps between validations; 0 validates after each epoch.
+        patience: Stop after this many validations without improvement; 0 never stops early.
+        checkpoint_every: Optimiser steps between checkpoints.
+        log_every: Optimiser steps between log rows.
+        resume: Continue from the last checkpoint in output_dir, where there is one.
+        wandb: Also log to Weights & Biases (pip install wandb).
+    """
+
+    output_dir: Path = Path("./models")
+    max_steps: int | None = None
+    accumulate_steps: int = 1
+    weight_decay: float = 0.01
+    warmup: float = 0.08
+    clip_norm: float = 1.0
+    precision: Precision = "auto"
+    device: str = "auto"
+    validate_every: int = 0
+    patience: int = 10
+    checkpoint_every: int = 500
+    log_every: int = 10
+    resume: bool = False
+    wandb: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(TrainConfig, DataConfig):
+    """Pretrain by masked prediction: features, k-means pseudo-labels, then the model, in one command.
+
+    Args:
+        preset: "published" sets the published recipe; flags given beside it win.
+        size: Model size.
+        num_epochs: Passes over the training records.
+        batch_size: Records in a micro-batch.
+        learning_rate: Peak learning rate.
+        mask_prob: Share of the tokens that are masked.
+        mask_length: Tokens in one masked span.
+        num_clusters: Number of k-means clusters K.
+        feature_type: mfcc, time_freq or mixed.
+        kmeans_path: Use this k-means model (from the cluster command) instead of fitting one.
+        kmeans_records: Fit k-means on at most this many records, drawn at random.
+        alpha: Loss is alpha * masked + (1 - alpha) * unmasked.
+        layerdrop: Chance of skipping a layer in a step. Default: the model size's own.
+        dropout: Dropout of the encoder. Default: the model size's own.
+        beta2: Second AdamW decay rate.
+        adam_eps: AdamW epsilon.
+        dataset: Name of the data set in data_path, or "auto".
+        crop_s: Seconds of each record that the model sees at a time.
+        validation_share: Share of the records held out for masked validation, where the data has no folds.
+    """
+
+    preset: Literal["published"] | None = None
+    size: Size = "base"
+    num_epochs: int = 100
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    mask_prob: float = 0.15
+    mask_length: int = 1
+    num_clusters: int = 100
+    feature_type: FeatureType = "mfcc"
+    kmeans_path: Path | None = None
+    kmeans_records: int = 20_000
+    alpha: float = 1.0
+    layerdrop: float | None = None
+    dropout: float | None = None
+    beta2: float = 0.98
+    adam_eps: float = 1e-9
+    dataset: str = "auto"
+    crop_s: float = 5.0
+    validation_share: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledConfig:
+    """A labelled data set and where it lies.
+
+    Args:
+        dataset: Data set name (ptbxl, chapman, ...).
+        task: Task of the data set (all, rhythm, form, ...).
+        data_path: Folder of the data set, or a packed store. Default: $HUBERT_ECG_DATA/DATASET, or ./data/DATASET.
+        sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
+        unlabelled: Records that have no label of the task: kept as negatives, or dropped.
+        cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
+        num_workers: Threads that read and prepare records ahead of the model.
+        seed: Seed of everything random.
+    """
+
+    dataset: str
+    task: str
+    data_path: Path | None = None
+    sampling_rate: float = 500.0
+    unlabelled: Literal["keep", "drop"] = "keep"
+    cache_dir: Path | None = None
+    num_workers: int = 2
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TrainConfig, LabelledConfig):
+    """Fine-tune a pretrained model for a labelled task.
+
+    Args:
+        pretrained_model: A .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id;
+            "random:SIZE" starts from random weights.
+        num_epochs: Passes over the training records.
+        batch_size: Records in a micro-batch.
+        learning_rate: Peak learning rate.
+        freeze_encoder: Train the head alone.
+        freeze_extractor: Keep the convolutional feature extractor as pretrained.
+        problem: Kind of task. auto takes the data set's.
+        class_weights: Weigh positives by (N - n) / n in the loss.
+        head: linear, or mlp with one hidden layer.
+        dropout: Dropout before the head.
+        encoder_dropout: Dropout inside the encoder.
+        layerdrop: Chance of skipping a layer in a step.
+        label_share: Use this share of the training records, drawn by seed.
+        crop_s: Seconds of each record that the model sees at a time.
+        num_crops: Crops of a record whose scores are averaged in validation and test.
+    """
+
+    pretrained_model: str = dataclasses.field(kw_only=True)
+    num_epochs: int = 50
+    batch_size: int = 16
+    learning_rate: float = 1e-5
+    freeze_encoder: bool = False
+    freeze_extractor: bool = True
+    problem: Literal["auto", "multilabel", "multiclass", "regression"] = "auto"
+    class_weights: bool = True
+    head: Literal["linear", "mlp"] = "linear"
+    dropout: float = 0.1
+    encoder_dropout: float = 0.0
+    layerdrop: float = 0.0
+    label_share: float = 1.0
+    crop_s: float = 5.0
+    num_crops: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(LabelledConfig):
+    """Evaluate a fine-tuned model: metrics with intervals, predictions, and a report.
+
+    Args:
+        model_path: A fine-tuned model: .pt file or model folder.
+        test_split: Records to evaluate on.
+        output_dir: Folder for report.html, report.json and the predictions. Default: beside the model.
+        predictions_format: File type of the predictions.
+        batch_size: Records in a batch.
+        num_crops: Crops of a record whose scores are averaged. Default: as in fine-tuning.
+        num_bootstrap: Bootstrap samples behind the intervals.
+        confidence: Level of the intervals.
+        threshold: Decision threshold for F1 and accuracy. Default: the one chosen on validation records.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    model_path: str = dataclasses.field(kw_only=True)
+    test_split: Literal["train", "validation", "test", "all"] = "test"
+    output_dir: Path | None = None
+    predictions_format: Literal["csv", "parquet"] = "csv"
+    batch_size: int = 64
+    num_crops: int | None = None
+    num_bootstrap: int = 1000
+    confidence: float = 0.95
+    threshold: float | None = None
+    device: str = "auto"
+
+
+# METHOD of the published weights where it differs from the guide's defaults.
+PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "published": {
+        "batch_size": 448,
+        "learning_rate": 5e-5,
+        "mask_prob": 0.33,
+        "max_steps": 80_000,
+        "warmup": 0.08,
+        "weight_decay": 0.01,
+        "beta2": 0.98,
+        "adam_eps": 1e-9,
+        "validate_every": 4000,
+        "patience": 10,
+        "compat": "published",
+    }
+}
+
+
+def cache_root(cache_dir: Path | None) -> Path:
+    """Folder of the packed stores that commands make on the way."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    if "HUBERT_ECG_CACHE" in os.environ:
+        return Path(os.environ["HUBERT_ECG_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hubert-ecg"
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, for checkpoints and logs."""
+    return {
+        key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
+    }
+
+
+class UserError(ValueError):
+    """Something the user can mend: printed as one line by the commands, with exit code 2."""
