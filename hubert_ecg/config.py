@@ -10,6 +10,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+
+class UserError(ValueError):
+    """Something the user can mend: printed as one line by the commands, with exit code 2."""
+
+
 Compat = Literal["corrected", "published"]
 FeatureType = Literal["mfcc", "time_freq", "mixed"]
 Size = Literal["tiny", "small", "base", "large"]
@@ -272,7 +277,39 @@ class EvaluateConfig(LabelledConfig):
     device: str = "auto"
 
 
-# METHOD of the published weights where it differs from the guide's defaults.
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Run the main job from a folder of ECGs to a report: pack, cluster, pretrain, fine-tune, evaluate.
+
+    Args:
+        data_path: A data set's folder or any folder of recordings. Default: a generated cohort.
+        output_dir: Folder of the report and of the models.
+        minutes: Time that the steps of training are planned to take on this machine, in all.
+        num_records: Records of the generated cohort.
+        sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
+        seed: Seed of everything random.
+    """
+
+    data_path: Path | None = None
+    output_dir: Path = Path("./demo_output")
+    minutes: float = 4.0
+    num_records: int = 2000
+    sampling_rate: float = 500.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoConfig:
+    """Print versions, devices and the backends of every op, and why one is missing.
+
+    Args:
+        json: Print JSON.
+    """
+
+    json: bool = False
+
+
+# The recipe of the published weights, where it differs from the guide's defaults.
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "published": {
         "batch_size": 448,
@@ -304,7 +341,3 @@ def to_json(config: Any) -> dict[str, Any]:
     return {
         key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
     }
-
-
-class UserError(ValueError):
-    """Something the user can mend: printed as one line by the commands, with exit code 2."""

@@ -1,14 +1,26 @@
 """An op is one object: its schema, its reference, and the backends that must agree with it.
 
-Dispatch, tests, benchmarks and ``hubert-ecg info`` all walk :data:`OPS`, so a new backend is found by all of them.
+Dispatch, tests, benchmarks and ``hubert-ecg info`` all walk :data:`OPS`, so a new op or backend is found by all of them.
+
+The module of the reference, ``<stem>_reference.py``, says for each of its ops how the op is tested:
+
+* ``<op>(...)``: the plain PyTorch truth, for any float dtype and any strides;
+* ``<op>_samples(device)``: argument tuples of the op (float32 where floating; the tests make float64 and strided ones of them),
+  an empty batch, odd sizes and hostile values among them;
+* ``<op>_tolerance``: ``{dtype: (rtol, atol)}`` of the floating outputs against the reference in float64;
+* ``<op>_errors()``: pairs of arguments that the public function must refuse, and a pattern of what it says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from hubert_ecg import native
@@ -18,6 +30,9 @@ OPS: dict[str, Op] = {}
 DEVICES = ("cpu", "cuda")
 _forced: list[str] = []
 
+#: A NumPy, CuPy or torch array.
+Array: TypeAlias = Any
+
 
 class Op:
     """One operator of ``torch.ops.hubert_ecg``.
@@ -25,6 +40,11 @@ class Op:
     Args:
         schema: the torch schema, ``"name(Tensor x, ...) -> Tensor"``.
         reference: the plain PyTorch truth, run wherever nothing faster exists.
+
+    Attributes:
+        call: the operator as torch knows it, to be called by the public function.
+        backends: device -> backend name -> function, from slow to fast.
+        missing: device -> backend name -> why it is not there.
     """
 
     def __init__(self, schema: str, reference: Callable[..., Any]):
@@ -43,7 +63,7 @@ class Op:
         for device in DEVICES:
             kernel = native.find(self.name, device)
             if kernel is not None:
-                self.backends[device]["native"] = lambda *args, kernel=kernel: allocate_and_run(kernel, *args)
+                self.backends[device]["native"] = functools.partial(allocate_and_run, kernel)
             else:
                 self.missing[device]["native"] = native.why_missing or f"built without {device} kernels for this op"
 
@@ -53,9 +73,7 @@ class Op:
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
         """Ties the backward, itself an op, to this op."""
-        torch.library.register_autograd(
-            f"hubert_ecg::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"hubert_ecg::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def pick(self, device: str) -> Callable[..., Any]:
         """The backend that serves ``device`` now: the forced one where the op has it, else the fastest."""
@@ -63,6 +81,22 @@ class Op:
         if _forced and _forced[-1] in table:
             return table[_forced[-1]]
         return next(reversed(table.values()))  # registered from slow to fast
+
+    def _said(self, what: str) -> Any:
+        return getattr(sys.modules[self.reference.__module__], f"{self.name}_{what}")
+
+    def samples(self, device: str = "cpu") -> Iterator[tuple[Any, ...]]:
+        """Arguments to test and time the op with."""
+        return self._said("samples")(device)
+
+    def errors(self) -> Iterator[tuple[tuple[Any, ...], str]]:
+        """Arguments that the public function refuses, each with a pattern of the message."""
+        return self._said("errors")()
+
+    @property
+    def tolerance(self) -> dict[torch.dtype, tuple[float, float]]:
+        """``(rtol, atol)`` by dtype of the input."""
+        return self._said("tolerance")
 
 
 @contextlib.contextmanager
@@ -73,3 +107,78 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Lets a function of tensors take NumPy, CuPy and torch arrays, and give back the kind it got.
+
+    The arguments called ``names`` reach the function as tensors that share memory with what was given (read-only memory
+    maps too: the function must not write to them), or as None where None was given. The tensors that it returns, alone or
+    in a tuple, leave as arrays of the kind of the first named argument.
+
+    ```python
+    @takes_arrays("x", "centroids")
+    def kmeans_assign(x: Array, centroids: Array) -> Array:
+        ...  # x and centroids are tensors here
+    ```
+
+    Raises:
+        ValueError: a named argument is no such array: ``<function>: <argument> must be a NumPy, CuPy or torch array, got ...``.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        order = list(inspect.signature(function).parameters)
+        places = [(order.index(name), name) for name in names]
+
+        @functools.wraps(function)
+        def public(*args: Any, **kwargs: Any) -> Any:
+            kind = None
+            given = list(args)
+            for place, name in places:
+                held: Any = given if place < len(given) else kwargs
+                key: Any = place if place < len(given) else name
+                array = held[key] if held is given else held.get(key)
+                if array is None:
+                    continue
+                kind = kind or _kind(array)
+                if not isinstance(array, torch.Tensor):
+                    held[key] = _to_tensor(array, f"{function.__name__}: {name}")
+            result = function(*given, **kwargs)
+            return result if kind in (None, "torch") else _give_back(result, kind)
+
+        return public
+
+    return decorate
+
+
+def _kind(array: Any) -> str:
+    return "torch" if isinstance(array, torch.Tensor) else type(array).__module__.split(".", 1)[0]
+
+
+def _to_tensor(array: Any, what: str) -> torch.Tensor:
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{what} must hold numbers, got dtype {array.dtype}")
+        if not array.dtype.isnative or any(stride % array.itemsize or stride < 0 for stride in array.strides):
+            array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writeable(array)))
+    if not hasattr(array, "__dlpack__"):
+        raise ValueError(f"{what} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
+    return torch.from_dlpack(array)
+
+
+class _Writeable:
+    """A read-only array without its lock, because torch has no read-only tensors and warns of them."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # keeps the memory
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _give_back(result: Any, kind: str) -> Any:
+    if isinstance(result, tuple):
+        return tuple(_give_back(part, kind) for part in result)
+    if not isinstance(result, torch.Tensor):
+        return result
+    return result.numpy() if kind == "numpy" else sys.modules[kind].from_dlpack(result)

@@ -1,0 +1,36 @@
+# The README's commands. Each makes the environment on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# A version that `pip install` finds as a wheel for any platform; override for another build: make demo TORCH=torch==2.6.0
+TORCH ?= torch==2.13.0
+DATA ?=
+ARGS ?=
+
+READY := $(VENV)/ready
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(VENV)/bin/hubert-ecg demo $(if $(DATA),--data_path $(DATA)) $(ARGS)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(VENV)/bin/python -m pytest benchmarks -q -s --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build dist $(VENV)
+
+# Editable, so that the tests run the tree they stand in; native code is rebuilt when it changed.
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/pip install --disable-pip-version-check -e ".[dev,formats]"
+	touch $(READY)

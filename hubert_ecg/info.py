@@ -1,0 +1,86 @@
+"""What this installation can do: versions, devices, and who serves each op."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from hubert_ecg import __version__, native
+from hubert_ecg.config import InfoConfig
+from hubert_ecg.ops import OPS
+
+OPTIONAL = {
+    "triton": "gpu",
+    "cupy": "gpu",
+    "huggingface_hub": "hub",
+    "h5py": "formats",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+}
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, optional packages and op backends as plain JSON values."""
+    ops = {}
+    for name, op in sorted(OPS.items()):
+        ops[name] = {
+            device: {
+                "default": next(key for key, fn in table.items() if fn is op.pick(device)),
+                "backends": list(table),
+                "missing": op.missing[device],
+            }
+            for device, table in op.backends.items()
+        }
+    packages = ("torch", "numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "wfdb", "safetensors")
+    return {
+        "hubert-ecg": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in packages},
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "native_module": native.why_missing or str(native._C.__file__),
+        "native_cuda": any(name.endswith("_cuda") for name in dir(native._C)),
+        "optional": {
+            name: "installed" if importlib.util.find_spec(name) else f"missing (pip install hubert-ecg[{extra}])"
+            for name, extra in OPTIONAL.items()
+        },
+        "ops": ops,
+    }
+
+
+def info(config: InfoConfig) -> None:
+    """Prints :func:`collect` as a table or as JSON."""
+    facts = collect()
+    if config.json:
+        print(json.dumps(facts, indent=2))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for key in ("hubert-ecg", "python", "machine", "cpu_threads", "native_module"):
+        console.print(f"{key:<14} {facts[key]}", highlight=False, soft_wrap=True)
+    console.print(f"{'cuda devices':<14} {', '.join(facts['cuda_devices']) or 'none'}", highlight=False)
+    console.print(f"{'cuda kernels':<14} {'built' if facts['native_cuda'] else 'not built'}", highlight=False)
+    for key, value in {**facts["packages"], **facts["optional"]}.items():
+        console.print(f"  {key:<16} {value}", highlight=False, markup=False)
+    table = Table("op", "device", "default", "backends", "missing, and why", title="ops")
+    for name, devices in facts["ops"].items():
+        for device, row in devices.items():
+            why = "; ".join(f"{backend}: {reason}" for backend, reason in row["missing"].items())
+            table.add_row(name, device, row["default"], ", ".join(row["backends"]), why)
+    console.print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
