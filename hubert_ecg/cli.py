@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -53,17 +55,17 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     from jsonargparse import ArgumentParser
 
     cls = COMMANDS[command].config
-    parser = ArgumentParser(prog=f"hubert-ecg {command}", description=COMMANDS[command].help, exit_on_error=False)
+    parser = ArgumentParser(prog=f"hubert-ecg {command}", description=COMMANDS[command].help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML or JSON file with values for any of the flags.")
     parser.add_class_arguments(cls, as_group=False)
     try:
         known = parser.parse_args(_spell_out_switches(cls, argv))
         preset = getattr(known, "preset", None)
         if preset:
-            parser.set_defaults(configs.PRETRAIN_PRESETS[preset])
+            parser.set_defaults(configs.PRETRAIN_PRESETS[preset])  # type: ignore[arg-type]
             known = parser.parse_args(_spell_out_switches(cls, argv))
     except ArgumentError as error:
-        raise configs.UserError(f"{_one_line(error)} (hubert-ecg {command} --help lists the flags)") from None
+        raise configs.UserError(f"{_explain(error, cls)} (hubert-ecg {command} --help lists the flags)") from None
     values = known.as_dict()
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise configs.UserError(f"unknown command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
-        COMMANDS[argv[0]].function()(parse(argv[0], argv[1:]))
+        config = parse(argv[0], argv[1:])
+        COMMANDS[argv[0]].function()(config)
     except configs.UserError as error:
         print(f"hubert-ecg: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -102,6 +105,20 @@ def _spell_out_switches(cls: type, argv: Sequence[str]) -> list[str]:
         if word in switches and (position + 1 == len(argv) or argv[position + 1].startswith("--")):
             spelled.append("true")
     return spelled
+
+
+def _explain(error: Exception, cls: type) -> str:
+    """The parsing library's words, as short as ours."""
+    text = _one_line(error)
+    text = re.sub(r"(?:argument --\w+: )?Parser key \"(\w+)\": Expected an? ", r"--\1 must be ", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
+    text = re.sub(r"\.? Got value: ", ", got ", text)
+    unknown = re.search(r"unrecognized arguments: (--\w+)", text)
+    if unknown:
+        flags = [f"--{field.name}" for field in dataclasses.fields(cls)]
+        close = difflib.get_close_matches(unknown[1], flags, n=1)
+        text = f"unknown flag {unknown[1]}" + (f"; did you mean {close[0]}?" if close else "")
+    return text
 
 
 def _one_line(error: Exception) -> str:

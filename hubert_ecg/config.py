@@ -6,7 +6,9 @@ Defaults are those of the training guide. The docstrings are what ``--help`` pri
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +23,49 @@ Size = Literal["tiny", "small", "base", "large"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+# field -> (what it must be, whether a value is)
+_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("sampling_rate", "learning_rate", "adam_eps", "crop_s", "tol"), ("greater than 0", lambda x: 0 < x < math.inf)
+    ),
+    **dict.fromkeys(
+        (
+            *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
+            *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
+            "num_bootstrap",
+        ),
+        ("at least 1", lambda x: x >= 1),
+    ),
+    **dict.fromkeys(
+        ("num_workers", "seed", "weight_decay", "clip_norm", "validate_every", "patience"),
+        ("at least 0", lambda x: 0 <= x < math.inf),
+    ),
+    **dict.fromkeys(
+        ("warmup", "layerdrop", "dropout", "encoder_dropout", "validation_share", "beta2"),
+        ("at least 0 and less than 1", lambda x: 0 <= x < 1),
+    ),
+    **dict.fromkeys(("confidence", "threshold"), ("between 0 and 1", lambda x: 0 < x < 1)),
+    "mask_prob": ("greater than 0 and at most 1", lambda x: 0 < x <= 1),
+    "label_share": ("greater than 0 and at most 1", lambda x: 0 < x <= 1),
+    "alpha": ("from 0 to 1", lambda x: 0 <= x <= 1),
+}
+
+
+class _Checked:
+    """Refuses values outside their limits as soon as a config is made, before any work is done."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is None or field.name not in _LIMITS:
+                continue
+            want, holds = _LIMITS[field.name]
+            if not holds(value):
+                raise UserError(f"--{field.name} must be {want}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Where recordings come from and how they become model input.
 
     Args:
@@ -75,7 +118,7 @@ class ExtractConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusterConfig:
+class ClusterConfig(_Checked):
     """Cluster features with k-means; the cluster of a token is its pseudo-label.
 
     Args:
@@ -100,7 +143,7 @@ class ClusterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """What pretraining and fine-tuning share.
 
     Args:
@@ -142,7 +185,7 @@ class PretrainConfig(TrainConfig, DataConfig):
 
     Args:
         preset: "published" sets the published recipe; flags given beside it win.
-        size: Model size.
+        size: Size of the model: tiny is for tests and demos, the others are the published sizes.
         num_epochs: Passes over the training records.
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
@@ -184,7 +227,7 @@ class PretrainConfig(TrainConfig, DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledConfig:
+class LabelledConfig(_Checked):
     """A labelled data set and where it lies.
 
     Args:
@@ -278,22 +321,20 @@ class EvaluateConfig(LabelledConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(_Checked):
     """Run the main job from a folder of ECGs to a report: pack, cluster, pretrain, fine-tune, evaluate.
 
     Args:
         data_path: A data set's folder or any folder of recordings. Default: a generated cohort.
         output_dir: Folder of the report and of the models.
-        minutes: Time that the steps of training are planned to take on this machine, in all.
-        num_records: Records of the generated cohort.
+        task: Task to fine-tune for. Default: diag_superclass or all, where the data has them.
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
         seed: Seed of everything random.
     """
 
     data_path: Path | None = None
     output_dir: Path = Path("./demo_output")
-    minutes: float = 4.0
-    num_records: int = 2000
+    task: str | None = None
     sampling_rate: float = 500.0
     seed: int = 0
 

@@ -152,7 +152,9 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def _kind(array: Any) -> str:
-    return "torch" if isinstance(array, torch.Tensor) else type(array).__module__.split(".", 1)[0]
+    if isinstance(array, torch.Tensor):
+        return "torch"
+    return "numpy" if isinstance(array, np.ndarray) else type(array).__module__.split(".", 1)[0]
 
 
 def _to_tensor(array: Any, what: str) -> torch.Tensor:

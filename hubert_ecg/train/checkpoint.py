@@ -1,0 +1,173 @@
+"""One file that holds all a run needs to continue bit for bit: a .safetensors with JSON beside the tensors.
+
+A state is a nested dict (and list) of tensors, NumPy arrays and JSON values. Tensors and arrays go into the file under the
+path of their keys (``model/encoder.layers.0...``), all else into its metadata. Nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hubert_ecg.config import UserError
+
+_KEY = "hubert_ecg_checkpoint"
+_VERSION = 1
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state so that the file is, at every moment, either the old one or the new one, whole.
+
+    Args:
+        path: The .safetensors file.
+        state: Nested dicts and lists of tensors (any device), NumPy arrays and JSON values.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _pack(state, "", tensors)
+    header = {"version": _VERSION, "crc32": _crc32(tensors), "state": skeleton}
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a state back, tensors on the CPU.
+
+    Raises:
+        UserError: If the file is missing, cut short, damaged or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint: {path} does not exist")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint: {path} is damaged ({error}); delete it, or start without --resume") from error
+    if _KEY not in metadata:
+        raise UserError(f"checkpoint: {path} must be a training checkpoint, got another .safetensors file")
+    header = json.loads(metadata[_KEY])
+    if header["version"] != _VERSION:
+        raise UserError(f"checkpoint: {path} must have format version {_VERSION}, got {header['version']}")
+    if header["crc32"] != _crc32(tensors):
+        raise UserError(f"checkpoint: {path} is damaged (checksum differs); delete it, or start without --resume")
+    return _unpack(header["state"], tensors)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place, durably, once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name: what a killed run left behind is overwritten, not piled up.
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    _fsync(temporary, os.O_RDWR)
+    os.replace(temporary, path)
+    if os.name == "posix":
+        _fsync(path.parent, os.O_RDONLY)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of every global random generator that a step may draw from."""
+    version, numbers, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
+        "numpy": {
+            "algorithm": algorithm,
+            "keys": np.asarray(keys, dtype=np.int64),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators back. A state saved on another kind of device restores what the two have in common."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    keys = numpy["keys"].astype(np.uint32)
+    np.random.set_state((numpy["algorithm"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+
+
+def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: frozenset[str], path: Path) -> None:
+    """Refuse to continue a run under other settings.
+
+    Raises:
+        UserError: Naming the first field that differs, with both values.
+    """
+    for field in given:
+        if field not in may_differ and saved.get(field) != given[field]:
+            raise UserError(
+                f"resume: {field} must be {saved.get(field)!r} as in {path}, got {given[field]!r}; "
+                "give the same value, or start anew without --resume"
+            )
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = _own(value, tensors)
+        return {"$tensor": path}
+    if isinstance(value, np.ndarray):
+        tensors[path] = _own(torch.from_numpy(np.ascontiguousarray(value)), tensors)
+        return {"$array": path}
+    if isinstance(value, Mapping):
+        return {str(key): _pack(item, f"{path}/{key}".lstrip("/"), tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _own(tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    # The format refuses two tensors in one storage, as tied weights are.
+    shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
+    return tensor.clone() if shared and tensor.numel() else tensor
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"$tensor"}:
+            return tensors[value["$tensor"]]
+        if value.keys() == {"$array"}:
+            return tensors[value["$array"]].numpy()
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    return value
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
