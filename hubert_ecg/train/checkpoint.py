@@ -38,7 +38,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     skeleton = _pack(state, "", tensors)
     header = {"version": _VERSION, "crc32": _crc32(tensors), "state": skeleton}
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        save_file(_separate(tensors), temporary, metadata={_KEY: json.dumps(header)})
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: f
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = _own(value, tensors)
+        tensors[path] = value.detach().cpu().contiguous()
         return {"$tensor": path}
     if isinstance(value, np.ndarray):
-        tensors[path] = _own(torch.from_numpy(np.ascontiguousarray(value)), tensors)
+        tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
     if isinstance(value, Mapping):
         return {str(key): _pack(item, f"{path}/{key}".lstrip("/"), tensors) for key, item in value.items()}
@@ -138,11 +138,15 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _own(tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    # The format refuses two tensors in one storage, as tied weights are.
-    shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
-    return tensor.clone() if shared and tensor.numel() else tensor
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The format refuses two tensors in one storage, as tied weights are: each gets its own."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -1,0 +1,58 @@
+"""Where and how precisely to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from hubert_ecg.config import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device(name: str = "auto") -> torch.device:
+    """The device of this name; "auto" is the first of CUDA, MPS and the CPU that is there.
+
+    Raises:
+        UserError: If there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: must be auto, cpu, cuda, cuda:1, ... or mps, got {name!r}") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type)
+    if count is None:
+        raise UserError(f"device: must be auto, cpu, cuda, cuda:1, ... or mps, got {name!r}")
+    if (found.index or 0) >= count:
+        there = f"there are {count} of its kind" if count else f"this machine or this torch has no {found.type}"
+        raise UserError(f"device: {name} is not available ({there}); use --device auto or --device cpu")
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What matrix products run in: weights and optimiser stay float32.
+
+    Args:
+        precision: auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.
+        device: Where the model runs.
+
+    Raises:
+        UserError: If the device cannot train in this precision.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if precision not in _DTYPES:
+        raise UserError(f"precision: must be auto, {', '.join(_DTYPES)}, got {precision!r}")
+    if precision == "float16" and device.type != "cuda":
+        raise UserError(f"precision: float16 needs a CUDA device, got {device.type}; use bfloat16 or float32")
+    return _DTYPES[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The autocast context for this precision, which does nothing in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
