@@ -1,0 +1,20 @@
+"""The models: encoder, masked prediction, classification, and their weights."""
+
+from hubert_ecg.models.encoder import HubertECGConfig, ModelOutput, num_tokens, padding_lengths, token_mask
+from hubert_ecg.models.hubert_ecg import HubertECG, HubertECGForPretraining, draw_mask
+from hubert_ecg.models.hubert_ecg_classification import HubertECGForClassification
+from hubert_ecg.models.pretrained import load_file, save_file
+
+__all__ = [
+    "HubertECG",
+    "HubertECGConfig",
+    "HubertECGForClassification",
+    "HubertECGForPretraining",
+    "ModelOutput",
+    "draw_mask",
+    "load_file",
+    "num_tokens",
+    "padding_lengths",
+    "save_file",
+    "token_mask",
+]

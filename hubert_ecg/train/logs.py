@@ -36,15 +36,16 @@ class MetricsFile:
         self.columns = tuple(columns)
         kept: list[dict[str, str]] = []
         if last_step is not None and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                # A killed run may leave half a row at the end.
-                kept = [row for row in csv.DictReader(file) if _step_of(row) <= last_step]
+            text = path.read_text(encoding="utf-8")
+            # A killed run may leave half a row at the end.
+            whole = text[: text.rfind("\n") + 1]
+            kept = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) <= last_step]
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
         self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, self.columns, restval="")
+        self._writer = csv.DictWriter(self._file, self.columns, lineterminator="\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on disk for other readers when this returns."""
@@ -106,13 +107,15 @@ class Logs:
         self._last_line = -math.inf
 
     def __enter__(self) -> Logs:
-        self._progress.start()
+        if self.console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self.console.is_terminal:
+            self._progress.stop()
         self.file.close()
         self._board.close()
         if self._wandb is not None:
@@ -182,16 +185,6 @@ def start_wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     import wandb
 
     return wandb.init(project="hubert-ecg", name=title, dir=str(folder), config=dict(config))
-
-
-def _step_of(row: Mapping[str, str | None]) -> float:
-    # None stands for a column that a half-written row lacks.
-    if any(value is None for value in row.values()):
-        return math.inf
-    try:
-        return int(row["step"] or "")
-    except ValueError:
-        return math.inf
 
 
 def _text(value: Any) -> Any:

@@ -1,0 +1,109 @@
+// The inner loops of kmeans.cpp for one instruction set. Included once for each, with
+//   HUBERT_ECG_ISA     the namespace,
+//   HUBERT_ECG_TARGET  the function attribute that switches the instructions on,
+//   HUBERT_ECG_BYTES   the width of a vector register,
+//   HUBERT_ECG_ROWS    how many centroids a register tile holds: 2 * ROWS + 4 registers are in use.
+// Explicit vector types, because the tile has to stay in registers and the auto-vectorizer does not keep it there.
+namespace HUBERT_ECG_ISA {
+
+typedef float F __attribute__((vector_size(HUBERT_ECG_BYTES)));
+typedef int32_t I __attribute__((vector_size(HUBERT_ECG_BYTES)));
+typedef float FU __attribute__((vector_size(HUBERT_ECG_BYTES), aligned(4), may_alias));
+typedef int32_t IU __attribute__((vector_size(HUBERT_ECG_BYTES), aligned(4), may_alias));
+typedef double D __attribute__((vector_size(HUBERT_ECG_BYTES)));
+typedef int64_t L __attribute__((vector_size(HUBERT_ECG_BYTES)));
+typedef double DU __attribute__((vector_size(HUBERT_ECG_BYTES), aligned(8), may_alias));
+typedef int64_t LU __attribute__((vector_size(HUBERT_ECG_BYTES), aligned(8), may_alias));
+
+constexpr int kRows = HUBERT_ECG_ROWS;
+constexpr int kF = HUBERT_ECG_BYTES / 4;
+constexpr int kD = HUBERT_ECG_BYTES / 8;
+
+// Lowest and second lowest score of 2 * kF points over num_k centroids; a score is |c|^2 / 2 - x.c.
+//   x [dim][2 * kF]; c [num_k / kRows][dim][kRows]; half [num_k]; best, second, arg [2 * kF] (updated)
+HUBERT_ECG_TARGET static void score(const float* x, int64_t dim, const float* c, const float* half, int64_t first_k,
+                                    int64_t num_k, float* best, float* second, int32_t* arg) {
+  F low0 = *(const FU*)best, low1 = *(const FU*)(best + kF);
+  F next0 = *(const FU*)second, next1 = *(const FU*)(second + kF);
+  I at0 = *(const IU*)arg, at1 = *(const IU*)(arg + kF);
+  for (int64_t k = 0; k < num_k; k += kRows, c += kRows * dim) {
+    F acc0[kRows], acc1[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc0[r] = acc1[r] = half[k + r] + F{};
+    for (int64_t d = 0; d < dim; ++d) {
+      const F x0 = *(const FU*)(x + d * 2 * kF), x1 = *(const FU*)(x + d * 2 * kF + kF);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        acc0[r] -= c[d * kRows + r] * x0;
+        acc1[r] -= c[d * kRows + r] * x1;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const int32_t index = int32_t(first_k + k) + r;
+      const I less0 = acc0[r] < low0, less1 = acc1[r] < low1;
+      const F high0 = less0 ? low0 : acc0[r], high1 = less1 ? low1 : acc1[r];
+      next0 = high0 < next0 ? high0 : next0;
+      next1 = high1 < next1 ? high1 : next1;
+      low0 = less0 ? acc0[r] : low0;
+      low1 = less1 ? acc1[r] : low1;
+      at0 = less0 ? index + I{} : at0;
+      at1 = less1 ? index + I{} : at1;
+    }
+  }
+  *(FU*)best = low0, *(FU*)(best + kF) = low1;
+  *(FU*)second = next0, *(FU*)(second + kF) = next1;
+  *(IU*)arg = at0, *(IU*)(arg + kF) = at1;
+}
+
+// The nearest of num_k centroids to 2 * kD points, by squared differences in float64.
+//   x [dim][2 * kD]; c [num_k / kRows][dim][kRows]; arg [2 * kD] (written)
+HUBERT_ECG_TARGET static void nearest(const double* x, int64_t dim, const double* c, int64_t num_k, int64_t* arg) {
+  D low0 = INFINITY + D{}, low1 = low0;
+  L at0 = L{}, at1 = L{};
+  for (int64_t k = 0; k < num_k; k += kRows, c += kRows * dim) {
+    D acc0[kRows], acc1[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc0[r] = acc1[r] = D{};
+    for (int64_t d = 0; d < dim; ++d) {
+      const D x0 = *(const DU*)(x + d * 2 * kD), x1 = *(const DU*)(x + d * 2 * kD + kD);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const D delta0 = x0 - c[d * kRows + r], delta1 = x1 - c[d * kRows + r];
+        acc0[r] += delta0 * delta0;
+        acc1[r] += delta1 * delta1;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const L less0 = acc0[r] < low0, less1 = acc1[r] < low1;
+      low0 = less0 ? acc0[r] : low0;
+      low1 = less1 ? acc1[r] : low1;
+      at0 = less0 ? k + r + L{} : at0;
+      at1 = less1 ? k + r + L{} : at1;
+    }
+  }
+  *(LU*)arg = at0, *(LU*)(arg + kD) = at1;
+}
+
+// Adds n points to the sums and counts of their clusters.
+template <class T>
+HUBERT_ECG_TARGET static void add(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k, double* sums,
+                                  int64_t* counts) {
+  for (int64_t i = 0; i < n; ++i, x += dim) {
+    const int64_t k = labels[i];
+    if (k < 0 || k >= num_k) continue;
+    double* __restrict sum = sums + k * dim;
+    for (int64_t d = 0; d < dim; ++d) sum[d] += double(x[d]);
+    ++counts[k];
+  }
+}
+
+const Kernels kernels = {kRows, 2 * kF, 2 * kD, score, nearest, add<float>, add<double>};
+
+}  // namespace HUBERT_ECG_ISA
+
+#undef HUBERT_ECG_ISA
+#undef HUBERT_ECG_TARGET
+#undef HUBERT_ECG_BYTES
+#undef HUBERT_ECG_ROWS

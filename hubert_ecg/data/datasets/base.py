@@ -1,0 +1,167 @@
+"""What every data set offers: its entries with labels and folds, without reading a signal."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from hubert_ecg.config import UserError
+from hubert_ecg.data.readers import READERS, read_record
+from hubert_ecg.data.record import Record
+
+# What a fingerprint looks at beside recordings: label tables and signal files that headers point to.
+_TABLES = {".csv", ".dat"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One recording of a data set, before its signal is read.
+
+    Args:
+        record_id: Unique in the data set.
+        path: The file; None where the data set makes its signals itself.
+        source: The file relative to the data set's folder, as indexes and messages name it.
+        patient_id: Records of one patient never end up in different folds.
+        fold: Official fold 1 to 10, or None.
+        age: Age in years.
+        sex: ``"female"`` or ``"male"``.
+        labels: The labels of each task with labels.
+        values: The number of each regression task.
+    """
+
+    record_id: str
+    path: Path | None = None
+    source: str = ""
+    patient_id: str | None = None
+    fold: int | None = None
+    age: float | None = None
+    sex: str | None = None
+    labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Dataset(abc.ABC):
+    """A folder of recordings whose labels and folds are understood.
+
+    A data set is a subclass in a module of its own and one line in :data:`hubert_ecg.data.datasets.DATASETS`.
+
+    Args:
+        data_path: The folder, as published.
+        sampling_rate_hz: Rate of files that do not carry one.
+        seed: Seed of data sets that generate their recordings; those that read files ignore it.
+
+    Raises:
+        UserError: The folder is not there, or is not this data set's.
+    """
+
+    name: ClassVar[str]
+    tasks: tuple[str, ...] = ()
+    problem: str = "multilabel"
+
+    def __init__(self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0, seed: int = 0):
+        if data_path is None:
+            raise UserError(f"{self.name}: data_path must be given")
+        self.data_path = Path(data_path)
+        if not self.data_path.is_dir():
+            raise UserError(f"no folder {self.data_path}: give the folder of the data set {self.name} with --data_path")
+        self.sampling_rate_hz = sampling_rate_hz
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether "auto" should take the folder for this data set."""
+        return False
+
+    @abc.abstractmethod
+    def entries(self) -> list[Entry]:
+        """All recordings in a fixed order, from tables and headers alone."""
+
+    def problem_of(self, task: str) -> str:
+        """``"multilabel"`` or ``"regression"``."""
+        return self.problem
+
+    def read(self, entry: Entry) -> Record:
+        """The recording of an entry. It may be called in another process.
+
+        Raises:
+            ReadError: The file cannot be read; the message says why.
+        """
+        assert entry.path is not None
+        return read_record(entry.path, self.sampling_rate_hz)
+
+    def label_names(self, task: str) -> tuple[str, ...]:
+        """The labels that occur in the data at hand, sorted."""
+        if task not in self.tasks:
+            raise UserError(f"{self.name} has no task {task!r}; its tasks: {', '.join(self.tasks) or 'none'}")
+        return tuple(sorted({label for entry in self.entries() for label in entry.labels.get(task, ())}))
+
+    def fingerprint(self) -> str:
+        """Changes when a file of the data set does: a hash of names, sizes and modification times."""
+        digest = hashlib.blake2b(digest_size=16)
+        for source, size, modified in sorted(_stats(self.data_path)):
+            digest.update(f"{source}\0{size}\0{modified}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.entries())
+
+    def __iter__(self) -> Iterator[Record]:
+        """Records with what their entries say, read one at a time."""
+        for entry in self.entries():
+            yield describe(self.read(entry), entry)
+
+
+def describe(record: Record, entry: Entry) -> Record:
+    """A record as its file has it, with what the data set knows; the data set wins."""
+    known = {key: getattr(entry, key) for key in ("patient_id", "fold", "age", "sex")}
+    return record.replace(
+        record_id=entry.record_id,
+        source=entry.source,
+        labels=dict(entry.labels),
+        **{key: value for key, value in known.items() if value is not None},
+    )
+
+
+def walk(folder: Path, suffixes: Sequence[str] | set[str]) -> Iterator[Path]:
+    """Files below a folder whose suffix (lower case) is wanted, sorted; hidden files and folders are left out."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield Path(parent, name)
+
+
+def locate(folder: Path, name: str) -> Path | None:
+    """A file in the folder or in one just below it: archives often unpack into a folder of their own."""
+    if (folder / name).is_file():
+        return folder / name
+    return next(iter(sorted(folder.glob(f"*/{name}"))), None) if folder.is_dir() else None
+
+
+def sex_name(value: object) -> str | None:
+    """ "female", "male" or None, from the spellings of the published tables.
+
+    >>> sex_name("F"), sex_name("Male"), sex_name("Unknown")
+    ('female', 'male', None)
+    """
+    return {"f": "female", "female": "female", "m": "male", "male": "male"}.get(str(value).strip().lower())
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for a blank, NaN or "Unknown"."""
+    try:
+        result = float(str(value))
+    except ValueError:
+        return None
+    return result if abs(result) < float("inf") else None
+
+
+def _stats(folder: Path) -> Iterator[tuple[str, int, int]]:
+    suffixes = READERS.keys() | _TABLES
+    for path in walk(folder, suffixes):
+        status = path.stat()
+        yield path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns

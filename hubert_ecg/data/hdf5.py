@@ -1,0 +1,47 @@
+"""HDF5 files of one recording: a dataset ``[12, n]`` or ``[n, 12]`` in mV. Needs the extra ``formats``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from hubert_ecg.config import UserError
+from hubert_ecg.data.npy import twelve_leads
+from hubert_ecg.data.record import Record
+from hubert_ecg.signal import LEADS
+
+_SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
+_RATE_NAMES = ("sampling_rate", "sample_rate", "fs")
+
+
+def read(path: Path, sampling_rate_hz: float) -> Record:
+    """Read an HDF5 file; a rate among its attributes wins.
+
+    Raises:
+        ValueError: No dataset of twelve leads is found, or there are several.
+        UserError: h5py is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError("reading HDF5 needs h5py: pip install 'hubert-ecg[formats]'") from error
+
+    with h5py.File(path) as file:
+        arrays = {
+            name: item for name, item in file.items() if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf"
+        }
+        named = [name for name in _SIGNAL_NAMES if name in arrays]
+        matrices = [name for name, item in arrays.items() if item.ndim == 2]
+        if not named and len(matrices) != 1:
+            wanted = ", ".join(_SIGNAL_NAMES)
+            raise ValueError(f"hdf5.read: file must hold one of {wanted} or one 2-D array, got {sorted(arrays)}")
+        item = arrays[named[0] if named else matrices[0]]
+        if item.ndim == 3:
+            raise ValueError(f"hdf5.read: file must hold one recording, got {item.shape[0]} in {item.name}")
+        for attributes in (file.attrs, item.attrs):
+            for name in _RATE_NAMES:
+                if name in attributes:
+                    sampling_rate_hz = float(np.ravel(attributes[name])[0])
+        signal = twelve_leads(item[()])
+    return Record(signal, sampling_rate_hz, LEADS, record_id=path.stem, source=path.name)

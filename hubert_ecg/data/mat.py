@@ -1,0 +1,57 @@
+"""MATLAB files: arrays named ``val`` as in the PhysioNet Challenges, the CPSC 2018 structure, or one plain array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hubert_ecg.data import hdf5
+from hubert_ecg.data.npy import twelve_leads
+from hubert_ecg.data.record import Record
+from hubert_ecg.signal import LEADS
+
+# WFDB's MATLAB files keep ADC units; without their header the gain of all Challenge sources is taken.
+_VAL_PER_MV = 1000.0
+_RATE_NAMES = ("curr_sample_rate", "sampling_rate", "sample_rate", "fs")
+
+
+def read(path: Path, sampling_rate_hz: float) -> Record:
+    """Read a .mat file of twelve leads in standard order; a rate inside the file wins.
+
+    Raises:
+        ValueError: No array of twelve leads is found.
+    """
+    import scipy.io
+
+    try:
+        content = scipy.io.loadmat(path)
+    except NotImplementedError:
+        # Version 7.3 is HDF5.
+        return hdf5.read(path, sampling_rate_hz)
+    facts: dict[str, Any] = {"record_id": path.stem, "source": path.name}
+    for name in _RATE_NAMES:
+        if name in content:
+            sampling_rate_hz = float(np.ravel(content[name])[0])
+            break
+    if "val" in content:
+        signal = twelve_leads(content["val"]) / np.float32(_VAL_PER_MV)
+    elif "ECG" in content and content["ECG"].dtype.names:
+        struct = content["ECG"][0, 0]
+        signal = twelve_leads(struct["data"])
+        if "age" in struct.dtype.names and struct["age"].size:
+            age = float(struct["age"].flat[0])
+            facts["age"] = age if np.isfinite(age) else None
+        if "sex" in struct.dtype.names and struct["sex"].size:
+            facts["sex"] = {"m": "male", "f": "female"}.get(str(struct["sex"].flat[0])[:1].lower())
+    else:
+        arrays = {
+            name: value
+            for name, value in content.items()
+            if isinstance(value, np.ndarray) and value.ndim == 2 and value.dtype.kind in "iuf" and min(value.shape) > 1
+        }
+        if len(arrays) != 1:
+            raise ValueError(f"mat.read: file must hold val, ECG.data or one 2-D array, got {sorted(arrays)}")
+        signal = twelve_leads(next(iter(arrays.values())))
+    return Record(signal, sampling_rate_hz, LEADS, **facts)

@@ -1,0 +1,140 @@
+"""One recording as it was published: leads, rate, units, and what is known about the patient."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hubert_ecg.signal import LEADS
+
+# Each limb lead in terms of leads I and II (Einthoven: III = II - I; Goldberger: aVR, aVL, aVF).
+_LIMB = {
+    "I": (1.0, 0.0),
+    "II": (0.0, 1.0),
+    "III": (-1.0, 1.0),
+    "aVR": (-0.5, -0.5),
+    "aVL": (1.0, -0.5),
+    "aVF": (-0.5, 1.0),
+}
+_ALIASES = {name.upper(): name for name in LEADS}
+_ALIASES |= {f"D{name}": name for name in ("I", "II", "III")}
+_ALIASES |= {f"D{number}": name for number, name in enumerate(("I", "II", "III"), start=1)}
+_ALIASES |= {f"C{number}": f"V{number}" for number in range(1, 7)}
+_PREFIX = re.compile(r"^(?:(?:MDC_)?(?:ECG|EKG))?[ _]*(?:LEAD)?[ _]*", re.IGNORECASE)
+
+# No electrode sees this much (mV); a signal beyond it has a wrong gain or damaged samples.
+LARGEST_MV = 1e9
+
+
+def lead_name(name: str) -> str | None:
+    """The standard name of a lead, or None for one outside the twelve (Frank leads, respiration, ...).
+
+    >>> lead_name("avr"), lead_name("ECG Lead II"), lead_name("c3"), lead_name("vx")
+    ('aVR', 'II', 'V3', None)
+    """
+    return _ALIASES.get(_PREFIX.sub("", name.strip(), count=1).upper())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """One recording.
+
+    Args:
+        signal: ``[L, n] float32`` in mV; samples that the file marks as missing are NaN.
+        sampling_rate_hz: Samples per second of the signal.
+        lead_names: The L names as the file spells them.
+        record_id: Name of the record, unique in its data set.
+        source: The file, relative to its data set.
+        patient_id: Patient, where the source says.
+        fold: Fold 1 to 10, where the data set has official ones: 1-8 train, 9 validation, 10 test.
+        age: Age in years.
+        sex: ``"female"`` or ``"male"``.
+        labels: The labels of each task.
+
+    Raises:
+        ValueError: The signal is empty or does not fit its lead names or rate.
+    """
+
+    signal: np.ndarray
+    sampling_rate_hz: float
+    lead_names: tuple[str, ...]
+    record_id: str = ""
+    source: str = ""
+    patient_id: str | None = None
+    fold: int | None = None
+    age: float | None = None
+    sex: str | None = None
+    labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        signal = np.asarray(self.signal)
+        if signal.ndim != 2 or 0 in signal.shape:
+            raise ValueError(f"Record: signal must be [num_leads, num_samples] and not empty, got {list(signal.shape)}")
+        if signal.dtype.kind not in "iuf":
+            raise ValueError(f"Record: signal must be numbers, got {signal.dtype}")
+        if len(self.lead_names) != len(signal):
+            raise ValueError(f"Record: lead_names must name {len(signal)} leads, got {len(self.lead_names)}")
+        if not 0 < self.sampling_rate_hz < 1e6:
+            raise ValueError(f"Record: sampling_rate_hz must be between 0 and 1e6, got {self.sampling_rate_hz}")
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "signal", signal.astype(np.float32, copy=False))
+
+    @property
+    def num_samples(self) -> int:
+        return self.signal.shape[1]
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_samples / self.sampling_rate_hz
+
+    def replace(self, **changes: Any) -> Record:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def standard_leads(self) -> tuple[np.ndarray, np.ndarray]:
+        """The twelve leads in standard order (:data:`hubert_ecg.signal.LEADS`), ordered by name.
+
+        Where at least two limb leads are there, the missing ones follow from Einthoven's and Goldberger's equations.
+        Leads that remain absent, or hold no finite sample, are zero.
+
+        Returns:
+            The signal ``[12, n] float32`` in mV, and which of its leads were measured or derived, ``[12] bool``.
+
+        Raises:
+            ValueError: A lead occurs twice, no standard lead is there, or a sample is beyond any possible voltage.
+        """
+        rows: dict[str, np.ndarray] = {}
+        for name, row in zip(self.lead_names, self.signal, strict=True):
+            standard = lead_name(name)
+            if standard is None:
+                continue
+            if standard in rows:
+                raise ValueError(f"standard_leads: lead_names must be different leads, got {standard} twice")
+            rows[standard] = row
+        rows = {name: row for name, row in rows.items() if np.isfinite(row).any()}
+        if not rows:
+            raise ValueError(f"standard_leads: lead_names must hold a standard lead with samples, got {self.lead_names}")
+        for name, row in rows.items():
+            # nanmax ignores missing samples, and catches infinity.
+            if np.nanmax(np.abs(row)) > LARGEST_MV:
+                raise ValueError(f"standard_leads: signal must be in mV, got samples beyond {LARGEST_MV:g} mV in {name}")
+
+        # A disconnected electrode gives a constant lead: nothing can be derived from it.
+        limb = [name for name in _LIMB if name in rows and np.nanmax(rows[name]) > np.nanmin(rows[name])][:2]
+        if len(limb) == 2:
+            basis = np.linalg.inv(np.array([_LIMB[name] for name in limb]))
+            first, second = rows[limb[0]], rows[limb[1]]
+            for name in _LIMB.keys() - rows.keys():
+                weight = np.array(_LIMB[name]) @ basis
+                rows[name] = (weight[0] * first + weight[1] * second).astype(np.float32)
+
+        signal = np.zeros((len(LEADS), self.num_samples), dtype=np.float32)
+        present = np.array([name in rows for name in LEADS])
+        for position, name in enumerate(LEADS):
+            if name in rows:
+                signal[position] = rows[name]
+        return signal, present

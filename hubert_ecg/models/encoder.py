@@ -1,0 +1,540 @@
+"""The encoder: convolutional feature extractor, positional convolution, post-norm transformer.
+
+Parameters carry the names that the published HuBERT-ECG weights and transformers' ``HubertModel`` use.
+Shape letters: B records, L leads, T samples of a lead, N tokens, C channels, H hidden size, M masked tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+Compat = Literal["corrected", "published"]
+Problem = Literal["multilabel", "multiclass", "regression"]
+Head = Literal["linear", "mlp", "label_embedding"]
+
+# hidden size, layers, heads, feed-forward size, size of the codebook space, layer-drop, extractor channels
+_SIZES = {
+    "tiny": (128, 4, 4, 512, 64, 0.0, 64),
+    "small": (512, 8, 8, 2048, 256, 0.1, 512),
+    "base": (768, 12, 12, 3072, 256, 0.1, 512),
+    "large": (960, 16, 12, 3840, 512, 0.0, 512),
+}
+# rate in Hz -> kernels and strides of the extractor: a token is always 0.64 s of one lead
+_CONVOLUTIONS = {
+    50: ((10, 3, 3, 2), (4, 2, 2, 2)),
+    100: ((10, 3, 3, 2, 2), (4, 2, 2, 2, 2)),
+    500: ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)),
+}
+_FIXED = {
+    "feat_extract_norm": "group",
+    "do_stable_layer_norm": False,
+    "conv_pos_batch_norm": False,
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "feat_proj_layer_norm": True,
+}
+
+
+@dataclasses.dataclass
+class HubertECGConfig:
+    """Everything that shapes a model; ``config.json`` of a model folder. Names are those of transformers' HubertConfig.
+
+    Args:
+        hidden_size: Width of the transformer.
+        num_hidden_layers: Number of transformer layers.
+        num_attention_heads: Heads of each layer.
+        intermediate_size: Width of the feed-forward layer.
+        classifier_proj_size: Size of the space in which tokens are compared with codebook entries.
+        conv_dim: Channels of each convolution of the extractor.
+        conv_kernel: Kernel sizes of the extractor.
+        conv_stride: Strides of the extractor.
+        conv_bias: Whether those convolutions have a bias.
+        num_conv_pos_embeddings: Taps of the positional convolution.
+        num_conv_pos_embedding_groups: Groups of the positional convolution.
+        layer_norm_eps: Epsilon of the layer norms.
+        hidden_dropout: Dropout after attention, after the feed-forward layer and on the embedding.
+        attention_dropout: Dropout of the attention weights.
+        activation_dropout: Dropout inside the feed-forward layer.
+        feat_proj_dropout: Dropout after the feature projection.
+        final_dropout: Kept for published folders, where nothing reads it either.
+        layerdrop: Chance of skipping a transformer layer in a training step.
+        initializer_range: Standard deviation of freshly drawn weights.
+        mask_time_prob: Share of the tokens that masked prediction masks.
+        mask_time_length: Tokens in one masked span.
+        mask_time_min_masks: Fewest masked tokens of a record.
+        vocab_sizes: Number of clusters K of each codebook.
+        sampling_rate_hz: Rate of the model's input.
+        num_leads: Leads of a flattened input ``[B, L * T]``.
+        compat: "published" takes the statistics of the first norm over padding, too.
+        id2label: Label names of a classifier, in the order of its outputs.
+        problem: What a classifier's outputs are.
+        head: Kind of a classifier's head.
+        classifier_hidden_size: Width of the hidden layer of an "mlp" head.
+        classifier_dropout: Dropout before the head.
+        thresholds: Decision thresholds of a classifier, one for each label.
+        extra: Fields of a config.json that mean nothing here; kept and written back.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    classifier_proj_size: int = 256
+    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512)
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (4, 2, 2, 2, 2)
+    conv_bias: bool = False
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    feat_proj_dropout: float = 0.0
+    final_dropout: float = 0.1
+    layerdrop: float = 0.1
+    initializer_range: float = 0.02
+    mask_time_prob: float = 0.33
+    mask_time_length: int = 1
+    mask_time_min_masks: int = 2
+    vocab_sizes: list[int] = dataclasses.field(default_factory=lambda: [100])
+    sampling_rate_hz: float = 100.0
+    num_leads: int = 12
+    compat: Compat = "corrected"
+    id2label: dict[int, str] = dataclasses.field(default_factory=dict)
+    problem: Problem = "multilabel"
+    head: Head = "linear"
+    classifier_hidden_size: int | None = None
+    classifier_dropout: float = 0.1
+    thresholds: list[float] | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("conv_dim", "conv_kernel", "conv_stride"):
+            setattr(self, name, tuple(getattr(self, name)))
+        sizes = self.vocab_sizes
+        self.vocab_sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+        self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
+        if not self.conv_dim or not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
+            raise ValueError(
+                "HubertECGConfig: conv_dim, conv_kernel and conv_stride must be of one length, got "
+                f"{self.conv_dim}, {self.conv_kernel} and {self.conv_stride}"
+            )
+        for name, divisor in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_conv_pos_embedding_groups", self.num_conv_pos_embedding_groups),
+        ):
+            if divisor < 1 or self.hidden_size % divisor:
+                raise ValueError(
+                    f"HubertECGConfig: hidden_size must be a multiple of {name}, got {self.hidden_size} and {divisor}"
+                )
+        for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "layerdrop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"HubertECGConfig: {name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.compat not in ("corrected", "published"):
+            raise ValueError(f'HubertECGConfig: compat must be "corrected" or "published", got {self.compat!r}')
+        if not self.vocab_sizes or min(self.vocab_sizes) < 1:
+            raise ValueError(f"HubertECGConfig: vocab_sizes must be positive numbers, got {self.vocab_sizes}")
+        for name, value in _FIXED.items():
+            if self.extra.get(name, value) != value:
+                raise ValueError(f"HubertECGConfig: {name} must be {value!r}, got {self.extra[name]!r}")
+
+    @classmethod
+    def preset(cls, size: str, *, sampling_rate_hz: float = 100, **overrides: Any) -> HubertECGConfig:
+        """The configuration of a model size.
+
+        Args:
+            size: "small", "base" or "large" as published, or "tiny" for tests and demonstrations.
+            sampling_rate_hz: Rate of the input: 50, 100 or 500. Tokens are 0.64 s of a lead at each of them.
+            overrides: Fields that differ from the preset.
+
+        Raises:
+            ValueError: For an unknown size or rate.
+        """
+        if size not in _SIZES:
+            raise ValueError(f"preset: size must be one of {', '.join(_SIZES)}, got {size!r}")
+        if sampling_rate_hz not in _CONVOLUTIONS:
+            raise ValueError(f"preset: sampling_rate_hz must be 50, 100 or 500, got {sampling_rate_hz}")
+        hidden, layers, heads, feed_forward, projection, layerdrop, channels = _SIZES[size]
+        kernels, strides = _CONVOLUTIONS[int(sampling_rate_hz)]
+        fields = {
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": feed_forward,
+            "classifier_proj_size": projection,
+            "layerdrop": layerdrop,
+            "conv_dim": (channels,) * len(kernels),
+            "conv_kernel": kernels,
+            "conv_stride": strides,
+            "sampling_rate_hz": float(sampling_rate_hz),
+        }
+        return cls(**{**fields, **overrides})
+
+    @property
+    def stride(self) -> int:
+        """Samples from one token to the next."""
+        return math.prod(self.conv_stride)
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one token sees."""
+        field, stride = 1, 1
+        for kernel, step in zip(self.conv_kernel, self.conv_stride, strict=True):
+            field += (kernel - 1) * stride
+            stride *= step
+        return field
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Label names of a classifier, in the order of its outputs."""
+        return tuple(self.id2label[index] for index in sorted(self.id2label))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, as ``config.json`` holds them."""
+        fields = dataclasses.asdict(self)
+        extra = fields.pop("extra")
+        for name in ("conv_dim", "conv_kernel", "conv_stride"):
+            fields[name] = list(fields[name])
+        fields["id2label"] = {str(index): label for index, label in self.id2label.items()}
+        fields["label2id"] = {label: index for index, label in self.id2label.items()}
+        fields["ensemble_length"] = len(self.vocab_sizes)
+        fields["num_feat_extract_layers"] = len(self.conv_dim)
+        return {**_FIXED, **extra, **fields, "model_type": "hubert_ecg"}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> HubertECGConfig:
+        """The configuration from JSON values; fields of transformers that mean nothing here are kept in ``extra``."""
+        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        derived = {"label2id", "ensemble_length", "num_feat_extract_layers", "model_type"}
+        extra = {name: value for name, value in fields.items() if name not in known | derived}
+        given = {name: value for name, value in fields.items() if name in known}
+        if given.get("id2label") is None:
+            given.pop("id2label", None)
+        if "sampling_rate_hz" not in given and "conv_stride" in given:
+            # Published folders do not say their rate: a token is 0.64 s of a lead in all of them.
+            given["sampling_rate_hz"] = math.prod(given["conv_stride"]) / 0.64
+        return cls(**given, extra=extra)
+
+
+@dataclasses.dataclass
+class ModelOutput:
+    """What a model returns; what it does not compute is None.
+
+    Attributes:
+        last_hidden_state: ``[B, N, H]``, the last layer.
+        hidden_states: ``num_hidden_layers + 1`` tensors ``[B, N, H]``: the embedding, then each layer.
+        valid: ``[B, N]`` bool, tokens that see a recording; None where there is no padding.
+        logits: ``[B, num_labels]`` of a classifier; one ``[B, N, K]`` for each codebook in masked prediction.
+        loss: The loss, a scalar.
+        accuracy: Share of the masked tokens whose cluster is the likeliest one, mean over codebooks.
+        masked_loss: Cross entropy on masked tokens, summed over codebooks.
+        unmasked_loss: The same on the other tokens; only computed where alpha is below 1.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    valid: Tensor | None = None
+    logits: Any = None
+    loss: Tensor | None = None
+    accuracy: Tensor | None = None
+    masked_loss: Tensor | None = None
+    unmasked_loss: Tensor | None = None
+
+
+def num_tokens(config: HubertECGConfig, num_samples: int) -> int:
+    """Tokens of a flattened input.
+
+    Args:
+        config: Configuration of the model.
+        num_samples: Samples of all leads together, ``L * T``.
+
+    >>> num_tokens(HubertECGConfig(), 12 * 500)
+    93
+    """
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        num_samples = max(0, (num_samples - kernel) // stride + 1)
+    return num_samples
+
+
+def padding_lengths(lengths: Tensor | None, num_samples: int) -> Tensor | None:
+    """``lengths``, or None where they say that nothing is padded.
+
+    Answers on the host: lengths that lie on another device, or that a compiler traces, count as padded.
+    """
+    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return lengths
+    return None if bool((lengths >= num_samples).all()) else lengths
+
+
+def sample_mask(lengths: Tensor, num_leads: int, num_samples: int) -> Tensor:
+    """``[B, L * T]`` bool: the first ``lengths`` samples of each lead, flattened.
+
+    Args:
+        lengths: ``[B]`` or ``[B, L]``, valid samples of each lead; 0 is a lead that is not there.
+        num_leads: L.
+        num_samples: Samples of a lead, T.
+    """
+    if lengths.ndim == 1:
+        lengths = lengths[:, None].expand(-1, num_leads)
+    if lengths.ndim != 2 or lengths.shape[1] != num_leads:
+        raise ValueError(f"sample_mask: lengths must be [B] or [B, {num_leads}], got {list(lengths.shape)}")
+    return (torch.arange(num_samples, device=lengths.device) < lengths[..., None]).flatten(1)
+
+
+def window_mask(valid: Tensor, kernel: int, stride: int) -> Tensor:
+    """Which windows of a convolution are valid: those with more than half of their ``stride`` central samples valid.
+
+    The central samples of all windows tile the signal, so each sample speaks for one window.
+
+    Args:
+        valid: ``[B, S]`` bool, valid samples.
+        kernel: Samples that a window sees.
+        stride: Samples from one window to the next.
+
+    Returns:
+        ``[B, (S - kernel) // stride + 1]`` bool.
+    """
+    count = (valid.shape[1] - kernel) // stride + 1
+    start = (kernel - stride) // 2
+    centres = valid[:, start : start + count * stride].unflatten(1, (count, stride))
+    return 2 * centres.sum(-1) > stride
+
+
+def token_mask(config: HubertECGConfig, lengths: Tensor, num_samples: int, num_leads: int | None = None) -> Tensor:
+    """Which tokens see a recording rather than padding.
+
+    Token t sees the samples ``[s t, s t + r)`` of the flattened leads; it is valid when more than half of the s samples
+    in the middle of these are.
+
+    Args:
+        config: Configuration of the model, which knows s and r.
+        lengths: ``[B]`` or ``[B, L]``, valid samples of each lead.
+        num_samples: Samples of a lead, T.
+        num_leads: L; default: ``config.num_leads``.
+
+    Returns:
+        ``[B, N]`` bool.
+    """
+    valid = sample_mask(lengths, num_leads or config.num_leads, num_samples)
+    return window_mask(valid, config.receptive_field, config.stride)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, dropout: float) -> Tensor:
+    """Softmax attention.
+
+    Args:
+        q: ``[B, heads, N, D]``.
+        k: ``[B, heads, N, D]``.
+        v: ``[B, heads, N, D]``.
+        keys: ``[B, 1, 1, N]`` bool, tokens that may be attended to; None is all.
+        dropout: Chance of dropping an attention weight.
+
+    Returns:
+        ``[B, heads, N, D]``.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
+
+
+def _group_norm(x: Tensor, norm: nn.GroupNorm, valid: Tensor) -> Tensor:
+    """GroupNorm with one group for each channel and statistics over valid frames; x ``[B, C, F]``, valid ``[B, F]``."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = valid[:, None].to(x.dtype)
+    count = weight.sum(-1, keepdim=True).clamp_min(1)
+    centred = x - (x * weight).sum(-1, keepdim=True) / count
+    variance = (centred.square() * weight).sum(-1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + norm.eps) * norm.weight[:, None] + norm.bias[:, None]
+
+
+class ConvLayer(nn.Module):
+    """Convolution, for the first one a norm over time, GELU."""
+
+    def __init__(self, config: HubertECGConfig, index: int):
+        super().__init__()
+        channels = config.conv_dim[index]
+        self.conv = nn.Conv1d(
+            config.conv_dim[index - 1] if index else 1,
+            channels,
+            config.conv_kernel[index],
+            config.conv_stride[index],
+            bias=config.conv_bias,
+        )
+        self.layer_norm = nn.GroupNorm(channels, channels) if index == 0 else None
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """``[B, C, F]`` to ``[B, C', F']``; ``valid`` ``[B, F']`` limits the statistics of the norm."""
+        x = self.conv(x)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x) if valid is None else _group_norm(x, self.layer_norm, valid)
+        return F.gelu(x)
+
+
+class FeatureExtractor(nn.Module):
+    """From samples to one vector for each token."""
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        self.first_window = (config.conv_kernel[0], config.conv_stride[0])
+        self.compat = config.compat
+        self.conv_layers = nn.ModuleList(ConvLayer(config, index) for index in range(len(config.conv_dim)))
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Args: x ``[B, S]``; valid ``[B, S]`` bool, samples that are no padding. Returns ``[B, N, C]``."""
+        frames = None
+        if valid is not None and self.compat == "corrected":
+            frames = window_mask(valid, *self.first_window)
+        x = x[:, None]
+        for index, layer in enumerate(self.conv_layers):
+            x = layer(x, frames if index == 0 else None)
+        return x.transpose(1, 2)
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm, then the linear map into the transformer's width."""
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.dropout = nn.Dropout(config.feat_proj_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, H]``."""
+        return self.dropout(self.projection(self.layer_norm(x)))
+
+
+class PositionalConv(nn.Module):
+    """Relative positions by a grouped convolution with weight norm over its taps, then GELU."""
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        taps = config.num_conv_pos_embeddings
+        conv = nn.Conv1d(
+            config.hidden_size,
+            config.hidden_size,
+            taps,
+            padding=taps // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
+        # Before weight norm takes the weight apart, so that its gains match.
+        nn.init.normal_(conv.weight, std=2 / math.sqrt(taps * config.hidden_size))
+        nn.init.zeros_(conv.bias)
+        self.conv = parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, H]`` to ``[B, N, H]``."""
+        # An even number of taps gives one output too many: the last one goes.
+        return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Args: x ``[B, N, H]``; keys ``[B, 1, 1, N]`` bool. Returns ``[B, N, H]``."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = attention(q, k, v, keys, self.dropout if self.training else 0.0)
+        return self.out_proj(y.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, H]`` to ``[B, N, H]``."""
+        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
+        return self.output_dropout(self.output_dense(x))
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer: attention and feed-forward, each added to its input and normalised."""
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Args: x ``[B, N, H]``; keys ``[B, 1, 1, N]`` bool. Returns ``[B, N, H]``."""
+        x = self.layer_norm(x + self.dropout(self.attention(x, keys)))
+        return self.final_layer_norm(x + self.feed_forward(x))
+
+
+class Encoder(nn.Module):
+    """Positional convolution and transformer layers.
+
+    Set ``gradient_checkpointing`` to recompute layers in the backward pass instead of keeping their activations.
+    """
+
+    def __init__(self, config: HubertECGConfig):
+        super().__init__()
+        self.layerdrop = config.layerdrop
+        self.gradient_checkpointing = False
+        self.pos_conv_embed = PositionalConv(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, output_hidden_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Args: x ``[B, N, H]``; valid ``[B, N]`` bool, tokens that are no padding.
+
+        Returns:
+            The last layer ``[B, N, H]``, and on request the embedding and every layer.
+        """
+        keys = None
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0)
+            # A record without a valid token attends to everything: softmax over nothing would be NaN.
+            keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
+        x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
+        states = [x]
+        for layer, keep in zip(self.layers, self._draw_layers(), strict=True):
+            if keep:
+                x = self._run(layer, x, keys)
+            if output_hidden_states:
+                states.append(x)
+        return x, tuple(states) if output_hidden_states else None
+
+    def _draw_layers(self) -> Sequence[bool]:
+        """Which layers run: LayerDrop, drawn on the host from torch's CPU generator, so no device waits for it."""
+        if not self.training or self.layerdrop == 0:
+            return [True] * len(self.layers)
+        return (torch.rand(len(self.layers), device="cpu") >= self.layerdrop).tolist()
+
+    def _run(self, layer: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, x, keys, use_reentrant=False)
+        return layer(x, keys)
