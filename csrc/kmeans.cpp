@@ -18,6 +18,7 @@ struct Kernels {
   int rows;          // centroids in a register tile
   int lanes;         // points in a float tile
   int double_lanes;  // points in a double tile
+  void (*pack)(const float* points, int64_t count, int64_t dim, const float* shift, float* x, float* squares);
   void (*score)(const float* x, int64_t dim, const float* c, const float* half, int64_t first_k, int64_t num_k,
                 float* best, float* second, int32_t* arg);
   void (*nearest)(const double* x, int64_t dim, const double* c, int64_t num_k, int64_t* arg);
@@ -169,17 +170,8 @@ void assign_float(const Kernels& isa, const float* x, const float* centroids, in
     std::fill(best, best + used, INFINITY);
     std::fill(second, second + used, INFINITY);
     std::fill(arg, arg + used, 0);
-    for (int64_t i = 0; i < used; ++i) {
-      float* const out = tile + i / lanes * dim * lanes + i % lanes;
-      const float* const row = x + (first + i) * dim;
-      float sum = 0;
-      for (int64_t d = 0; d < dim; ++d) {
-        const float value = i < count ? row[d] - shift[d] : 0.0f;
-        out[d * lanes] = value;
-        sum += value * value;
-      }
-      squares[i] = sum;
-    }
+    for (int64_t i = 0; i < count; i += lanes)
+      isa.pack(x + (first + i) * dim, std::min(lanes, count - i), dim, shift.data(), tile + i * dim, squares + i);
     for (int64_t k = 0; k < padded_k; k += block_k)
       for (int64_t i = 0; i < used; i += lanes)
         isa.score(tile + i * dim, dim, packed.data() + k * dim, half.data() + k, k, std::min(block_k, padded_k - k),

@@ -19,6 +19,35 @@ constexpr int kRows = HUBERT_ECG_ROWS;
 constexpr int kF = HUBERT_ECG_BYTES / 4;
 constexpr int kD = HUBERT_ECG_BYTES / 8;
 
+// Copies `count` points, less `shift`, to x [dim][2 * kF] and their squared lengths to squares [2 * kF]; the rest is 0.
+HUBERT_ECG_TARGET static void pack(const float* points, int64_t count, int64_t dim, const float* shift, float* x,
+                                   float* squares) {
+  for (int64_t l = 0; l < 2 * kF; ++l) {
+    const float* const point = points + l * dim;
+    for (int64_t d = 0; d < dim; ++d) x[d * 2 * kF + l] = l < count ? point[d] - shift[d] : 0.0f;
+  }
+  F sum0 = F{}, sum1 = F{};
+  for (int64_t d = 0; d < dim; ++d) {
+    const F x0 = *(const FU*)(x + d * 2 * kF), x1 = *(const FU*)(x + d * 2 * kF + kF);
+    sum0 += x0 * x0;
+    sum1 += x1 * x1;
+  }
+  *(FU*)squares = sum0, *(FU*)(squares + kF) = sum1;
+}
+
+// Takes the scores of kRows centroids, from number k on, into the lowest, the second lowest and the number of the lowest.
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) void update(const F* scores, int64_t k, F& low, F& next,
+                                                                           I& at) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const I less = scores[r] < low;
+    const F high = less ? low : scores[r];
+    next = high < next ? high : next;
+    low = less ? scores[r] : low;
+    at = less ? int32_t(k) + r + I{} : at;
+  }
+}
+
 // Lowest and second lowest score of 2 * kF points over num_k centroids; a score is |c|^2 / 2 - x.c.
 //   x [dim][2 * kF]; c [num_k / kRows][dim][kRows]; half [num_k]; best, second, arg [2 * kF] (updated)
 HUBERT_ECG_TARGET static void score(const float* x, int64_t dim, const float* c, const float* half, int64_t first_k,
@@ -38,18 +67,8 @@ HUBERT_ECG_TARGET static void score(const float* x, int64_t dim, const float* c,
         acc1[r] -= c[d * kRows + r] * x1;
       }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const int32_t index = int32_t(first_k + k) + r;
-      const I less0 = acc0[r] < low0, less1 = acc1[r] < low1;
-      const F high0 = less0 ? low0 : acc0[r], high1 = less1 ? low1 : acc1[r];
-      next0 = high0 < next0 ? high0 : next0;
-      next1 = high1 < next1 ? high1 : next1;
-      low0 = less0 ? acc0[r] : low0;
-      low1 = less1 ? acc1[r] : low1;
-      at0 = less0 ? index + I{} : at0;
-      at1 = less1 ? index + I{} : at1;
-    }
+    update(acc0, first_k + k, low0, next0, at0);
+    update(acc1, first_k + k, low1, next1, at1);
   }
   *(FU*)best = low0, *(FU*)(best + kF) = low1;
   *(FU*)second = next0, *(FU*)(second + kF) = next1;
@@ -99,7 +118,7 @@ HUBERT_ECG_TARGET static void add(const T* x, const int64_t* labels, int64_t n, 
   }
 }
 
-const Kernels kernels = {kRows, 2 * kF, 2 * kD, score, nearest, add<float>, add<double>};
+const Kernels kernels = {kRows, 2 * kF, 2 * kD, pack, score, nearest, add<float>, add<double>};
 
 }  // namespace HUBERT_ECG_ISA
 

@@ -1,7 +1,10 @@
 // The table of contents of the native module: one line per op and device.
 #include <pybind11/pybind11.h>
 
+#include "deltas.h"
 #include "kmeans.h"
+#include "mfcc.h"
+#include "time_freq.h"
 
 namespace py = pybind11;
 
@@ -19,8 +22,16 @@ struct type_caster<hubert_ecg::Tensor> {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("mfcc_cpu", &hubert_ecg::mfcc_cpu, nogil);
+  m.def("deltas_cpu", &hubert_ecg::deltas_cpu, nogil);
+  m.def("time_freq_cpu", &hubert_ecg::time_freq_cpu, nogil);
   m.def("kmeans_assign_cpu", &hubert_ecg::kmeans_assign_cpu, nogil);
+  m.def("kmeans_accumulate_cpu", &hubert_ecg::kmeans_accumulate_cpu, nogil);
 #ifdef HUBERT_ECG_CUDA
+  m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
+  m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);
+  m.def("time_freq_cuda", &hubert_ecg::time_freq_cuda, nogil);
   m.def("kmeans_assign_cuda", &hubert_ecg::kmeans_assign_cuda, nogil);
+  m.def("kmeans_accumulate_cuda", &hubert_ecg::kmeans_accumulate_cuda, nogil);
 #endif
 }

@@ -30,6 +30,8 @@ class Tensor {
   int64_t size(int dim) const { return view_->shape[dim < 0 ? view_->ndim + dim : dim]; }
   bool contiguous() const {
     if (!view_->strides) return true;
+    for (int dim = 0; dim < view_->ndim; ++dim)
+      if (view_->shape[dim] == 0) return true;
     int64_t want = 1;
     for (int dim = view_->ndim - 1; dim >= 0; --dim) {
       if (view_->shape[dim] != 1 && view_->strides[dim] != want) return false;

@@ -16,7 +16,7 @@ def read(path: Path, sampling_rate_hz: float) -> Record:
     Raises:
         ValueError: The array is not of twelve leads.
     """
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = np.load(path, allow_pickle=False)
     return Record(twelve_leads(array), sampling_rate_hz, LEADS, record_id=path.stem, source=path.name)
 
 

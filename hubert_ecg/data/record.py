@@ -108,6 +108,7 @@ class Record:
             ValueError: A lead occurs twice, no standard lead is there, or a sample is beyond any possible voltage.
         """
         rows: dict[str, np.ndarray] = {}
+        names = ", ".join(self.lead_names)
         for name, row in zip(self.lead_names, self.signal, strict=True):
             standard = lead_name(name)
             if standard is None:
@@ -117,11 +118,11 @@ class Record:
             rows[standard] = row
         rows = {name: row for name, row in rows.items() if np.isfinite(row).any()}
         if not rows:
-            raise ValueError(f"standard_leads: lead_names must hold a standard lead with samples, got {self.lead_names}")
+            raise ValueError(f"standard_leads: lead_names must hold a standard lead with samples, got {names}")
         for name, row in rows.items():
             # nanmax ignores missing samples, and catches infinity.
             if np.nanmax(np.abs(row)) > LARGEST_MV:
-                raise ValueError(f"standard_leads: signal must be in mV, got samples beyond {LARGEST_MV:g} mV in {name}")
+                raise ValueError(f"standard_leads: signal must be in mV, got more than {LARGEST_MV:g} mV in {name}")
 
         # A disconnected electrode gives a constant lead: nothing can be derived from it.
         limb = [name for name in _LIMB if name in rows and np.nanmax(rows[name]) > np.nanmin(rows[name])][:2]

@@ -71,10 +71,10 @@ def read(path: Path, sampling_rate_hz: float) -> Record:
     from wfdb.io.header import HeaderSyntaxError
 
     header = read_header(path)
-    # The third word of a signal line is the gain, the second the format; "16x4" is four samples a frame.
-    per_frame = {fields[1] for fields in header.lines[1:] if len(fields) > 1 and re.match(r"\d+x\d", fields[1])}
-    if per_frame:
-        raise ValueError(f"wfdb_files.read: leads must be sampled at one rate, got several samples a frame {per_frame}")
+    # The second word of a signal line is its format; "16x4" is four samples a frame.
+    formats = {fields[1] for fields in header.lines[1:] if len(fields) > 1}
+    if several := sorted(name for name in formats if re.match(r"\d+x(?!1\b)", name)):
+        raise ValueError(f"wfdb_files.read: leads must be sampled at one rate, got several samples a frame {several}")
     try:
         record = wfdb.rdrecord(str(path.with_suffix("")), return_res=32)
     except HeaderSyntaxError:

@@ -4,9 +4,12 @@ A bootstrap sample is a vector of weights: how often each record was drawn. Ever
 weights, so a replicate needs no copy of the data and no sort: scores are sorted once for each label, and all replicates
 walk down the same ranking. F1, accuracy and the regression metrics are made of sums over records, one matrix product.
 
-Intervals are percentile intervals. They never leave the range of the metric and need no symmetry. BCa would correct for
-skew, but its bias correction is infinite where a metric reaches its limit in every replicate (AUROC 1 on a rare label
-happens), and its acceleration needs a jackknife over all records.
+Intervals of labels are percentile intervals: they keep to the range of the metric and need no symmetry. The macro mean
+needs more. Average precision grows when positives are drawn twice, so its replicates lie too high: a little for one
+label, but in a mean over many labels that shift stays while the spread averages out. For 60 labels with prevalences of
+1 to 30 % in 600 records, a 95 % percentile interval held the truth in 27 % of simulated test sets, one corrected as in
+BCa in 67 %, and one shifted back by twice the bias that the bootstrap shows (once for the replicates, once for the
+value, which has such a bias itself) in 88 %. The interval of a macro mean is the last.
 """
 
 from __future__ import annotations
@@ -112,16 +115,28 @@ class Ranking:
         return auroc, auprc
 
 
-def interval(replicates: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Percentile interval of the replicates that are defined; (nan, nan) where fewer than two are.
+def interval(
+    replicates: np.ndarray,
+    value: float,
+    confidence: float,
+    unbias: bool = False,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> tuple[float, float]:
+    """Interval of a value from its replicates; (nan, nan) where fewer than two are defined. It always holds the value.
 
     Args:
         replicates: [R] float, NaN where the metric is undefined.
+        value: The metric of the records themselves.
         confidence: Level of the interval, in (0, 1).
+        unbias: Shift by twice the bias, mean of the replicates less value: for means over labels.
+        bounds: Range of the metric.
     """
     defined = replicates[np.isfinite(replicates)]
-    if len(defined) < 2:
+    if len(defined) < 2 or not np.isfinite(value):
         return float("nan"), float("nan")
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return float(low), float(high)
+    if unbias:
+        shift = 2 * (defined.mean() - value)
+        low, high = np.clip([low - shift, high - shift], *bounds)
+    return float(min(low, value)), float(max(high, value))

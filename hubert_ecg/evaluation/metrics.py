@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Metric -> how it is written in tables, in their order.
 CLASSIFICATION = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "accuracy": "Accuracy"}
 REGRESSION = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "pearson": "Pearson r"}
+_BOUNDS = {"mae": (0.0, math.inf), "rmse": (0.0, math.inf), "r2": (-math.inf, 1.0), "pearson": (-1.0, 1.0)}
 PROBLEMS = {"multilabel": CLASSIFICATION, "multiclass": CLASSIFICATION, "regression": REGRESSION}
 
 
@@ -53,8 +54,8 @@ class Evaluation:
     Args:
         problem: "multilabel", "multiclass" or "regression".
         labels: label -> metric -> estimate, labels in the order of the model's outputs.
-        macro: metric -> estimate of the mean over the labels where it is defined. The accuracy of a multiclass problem is
-            the share of records in the right class.
+        macro: metric -> estimate of the mean over the labels where it is defined. The accuracy of a multiclass problem
+            is the share of records in the right class.
         support: label -> number of positive records (regression: of records).
         thresholds: label -> a score at or above it is a positive decision; empty where decisions need none.
         undefined: label -> why it has no value.
@@ -104,7 +105,9 @@ class Evaluation:
 
         table = _table(title, "Label", ["N" if self.problem == "regression" else "Pos."], self.metrics)
         for label, of in self.labels.items():
-            cells = [Text(str(of[metric]), style="" if of[metric].value is not None else "dim") for metric in self.metrics]
+            cells = [
+                Text(str(of[metric]), style="" if of[metric].value is not None else "dim") for metric in self.metrics
+            ]
             table.add_row(Text(label), str(self.support[label]), *cells)
         table.add_section()
         cells = [Text(str(self.macro[metric])) for metric in self.metrics]
@@ -184,7 +187,8 @@ def evaluate(
     for that label; the macro mean of a replicate is over the labels defined in it.
 
     Args:
-        targets: [N, C] 0 or 1 (multilabel); [N] class numbers or [N, C] one-hot (multiclass); [N, C] float (regression).
+        targets: [N, C] 0 or 1 (multilabel); [N] class numbers or [N, C] one-hot (multiclass); [N, C] float
+            (regression).
         scores: [N, C] float: probabilities, or predicted values for regression.
         label_names: C names.
         problem: "multilabel", "multiclass" (one against the rest; the decision is the highest score) or "regression".
@@ -202,7 +206,9 @@ def evaluate(
         raise ValueError(f"evaluate: label_names must be distinct, got {names}")
     targets, scores = check_scores("evaluate", targets, scores, problem)
     if len(names) != scores.shape[1]:
-        raise ValueError(f"evaluate: label_names must be {scores.shape[1]} names, as scores has columns, got {len(names)}")
+        raise ValueError(
+            f"evaluate: label_names must be {scores.shape[1]} names, as scores has columns, got {len(names)}"
+        )
     if not 0 < confidence < 1:
         raise ValueError(f"evaluate: confidence must be between 0 and 1, got {confidence}")
     if num_bootstrap < 0:
@@ -223,30 +229,38 @@ def evaluate(
             decisions = scores >= used
         else:
             if thresholds is not None:
-                raise ValueError("evaluate: thresholds must be None for a multiclass problem, where the highest score decides")
+                raise ValueError(
+                    "evaluate: thresholds must be None for a multiclass problem, where the highest score decides"
+                )
             decisions = np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
         values, replicates, macro_values, macro_replicates, undefined = _classification(
             targets, scores, decisions, draws, one_of_many=problem == "multiclass"
         )
         support = targets.sum(0).tolist()
 
-    def estimate(value: float, of: np.ndarray) -> Estimate:
-        low, high = bootstrap.interval(of, confidence) if np.isfinite(value) else (math.nan, math.nan)
+    # Accuracy is a mean over records and has no bias; the mean over one label is that label.
+    biased = {metric for metric in values if metric != "accuracy" and len(names) - len(undefined) > 1}
+
+    def estimate(metric: str, value: float, of: np.ndarray, unbias: bool = False) -> Estimate:
+        low, high = bootstrap.interval(of, value, confidence, unbias=unbias, bounds=_BOUNDS.get(metric, (0.0, 1.0)))
         return Estimate(_none_if_nan(value), _none_if_nan(low), _none_if_nan(high))
 
     return Evaluation(
         problem=problem,
         labels={
-            name: {metric: estimate(values[metric][c], replicates[metric][:, c]) for metric in values}
+            name: {metric: estimate(metric, values[metric][c], replicates[metric][:, c]) for metric in values}
             for c, name in enumerate(names)
         },
-        macro={metric: estimate(macro_values[metric], macro_replicates[metric]) for metric in values},
+        macro={
+            metric: estimate(metric, macro_values[metric], macro_replicates[metric], metric in biased)
+            for metric in values
+        },
         support=dict(zip(names, support, strict=True)),
         thresholds={} if used is None else dict(zip(names, used.tolist(), strict=True)),
         undefined={names[c]: reason for c, reason in undefined.items()},
         num_records=len(scores),
         settings={
-            "interval": "percentile bootstrap",
+            "interval": "bootstrap: percentile for labels, percentile less twice the bias for the macro mean",
             "confidence": confidence,
             "num_bootstrap": num_bootstrap,
             "seed": seed,
@@ -256,9 +270,7 @@ def evaluate(
     )
 
 
-def check_scores(
-    function: str, targets: np.ndarray, scores: np.ndarray, problem: str
-) -> tuple[np.ndarray, np.ndarray]:
+def check_scores(function: str, targets: np.ndarray, scores: np.ndarray, problem: str) -> tuple[np.ndarray, np.ndarray]:
     """Targets as [N, C] bool (regression: float64) and scores as [N, C] float64, or a clear error.
 
     Args:
@@ -276,7 +288,9 @@ def check_scores(
     if scores.ndim == 1 and problem != "multiclass":
         scores = scores[:, None]
     if scores.ndim != 2 or 0 in scores.shape:
-        raise ValueError(f"{function}: scores must be [N, C] with at least one record and label, got {list(scores.shape)}")
+        raise ValueError(
+            f"{function}: scores must be [N, C] with at least one record and label, got {list(scores.shape)}"
+        )
     _check_finite(function, "scores", scores)
     if targets.dtype.kind not in "fiub":
         raise ValueError(f"{function}: targets must be numbers, got {targets.dtype}")
@@ -284,9 +298,8 @@ def check_scores(
     if targets.ndim == 1 and problem == "multiclass":
         classes = targets.astype(np.int64)
         if (classes != targets).any() or (classes < 0).any() or (classes >= scores.shape[1]).any():
-            raise ValueError(
-                f"{function}: targets must be class numbers 0 to {scores.shape[1] - 1}, got {np.unique(targets)[:8].tolist()}"
-            )
+            seen = np.unique(targets)[:8].tolist()
+            raise ValueError(f"{function}: targets must be class numbers 0 to {scores.shape[1] - 1}, got {seen}")
         targets = np.arange(scores.shape[1]) == classes[:, None]
     if targets.ndim == 1 and scores.shape[1] == 1:
         targets = targets[:, None]

@@ -1,0 +1,90 @@
+"""Features of tokens, which k-means turns into the pseudo-labels of the first iteration.
+
+A feature type is a file here and a line in :data:`FEATURE_TYPES`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hubert_ecg.features import mfcc, mixed, time_freq
+from hubert_ecg.features.tokens import Frames, TokenGeometry, corrected_frames, published_frames, token_geometry
+from hubert_ecg.ops._op import takes_arrays
+from hubert_ecg.signal import LEADS
+
+FEATURE_TYPES: dict[str, Callable[[Frames], torch.Tensor]] = {
+    "mfcc": mfcc.features,
+    "time_freq": time_freq.features,
+    "mixed": mixed.features,
+}
+
+__all__ = ["FEATURE_TYPES", "Frames", "TokenGeometry", "extract", "num_features", "token_geometry"]
+
+_PUBLISHED_S = 5
+
+
+@takes_arrays("ecg")
+def extract(ecg: Any, feature_type: str, compat: str = "corrected", sample_rate_hz: float = 100) -> Any:
+    """One feature vector for each token of the model.
+
+    Corrected: the frame of a token is the ``stride`` samples in the middle of its receptive field in the leads laid end
+    to end, mel filters cover 0.5-50 Hz, and slopes are taken over neighbouring frames of the same lead; a frame that
+    straddles two leads belongs to the one that holds most of it.
+
+    Published: frames are cut from leads trimmed at both ends, mel filters cover 20 Hz to Nyquist, and slopes are 0.
+
+    Args:
+        ecg: ``[12, T]`` or ``[B, 12, T]`` of any real dtype, preprocessed, at ``sample_rate_hz``; a NumPy, CuPy or torch
+            array on any device. T is free, and 5 s with ``compat="published"``.
+        feature_type: "mfcc" (D = 39: 13 coefficients, their slopes, the slopes of these), "time_freq" (16) or "mixed"
+            (29: time_freq, then 13 coefficients).
+        compat: "corrected" or "published".
+        sample_rate_hz: 100, 50 or 500.
+
+    Returns:
+        ``[N, D]`` or ``[B, N, D]`` float32, N the number of tokens, the kind of array and the device that were given.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and says what to do.
+
+    >>> extract(torch.zeros(12, 500), "mixed").shape
+    torch.Size([93, 29])
+    """
+    if feature_type not in FEATURE_TYPES:
+        raise ValueError(f"extract: feature_type must be one of {sorted(FEATURE_TYPES)}, got {feature_type!r}")
+    if compat not in ("corrected", "published"):
+        raise ValueError(f"extract: compat must be 'corrected' or 'published', got {compat!r}")
+    geometry = token_geometry(sample_rate_hz)
+    if ecg.ndim not in (2, 3) or ecg.shape[-2] != len(LEADS):
+        raise ValueError(f"extract: ecg must be [12, T] or [B, 12, T], got {list(ecg.shape)}")
+    if ecg.is_complex():
+        raise ValueError(f"extract: ecg must be real, got {ecg.dtype}")
+    num_samples, rate_hz = ecg.shape[-1], int(sample_rate_hz)
+    if compat == "published" and num_samples != _PUBLISHED_S * rate_hz:
+        raise ValueError(
+            f"extract: ecg must hold {_PUBLISHED_S * rate_hz} samples of each lead ({_PUBLISHED_S} s at {rate_hz} Hz) "
+            f"with compat='published', got {num_samples}; cut it into {_PUBLISHED_S} s, or use compat='corrected'"
+        )
+    if geometry.num_tokens(num_samples) == 0:
+        raise ValueError(
+            f"extract: ecg must hold at least {-(-geometry.receptive_field // len(LEADS))} samples of each lead, "
+            f"one token at {rate_hz} Hz, got {num_samples}"
+        )
+    cut = corrected_frames if compat == "corrected" else published_frames
+    records = ecg.detach().to(torch.float32).reshape(-1, len(LEADS), num_samples)
+    vectors = FEATURE_TYPES[feature_type](cut(records, rate_hz))
+    return vectors[0] if ecg.ndim == 2 else vectors
+
+
+@functools.cache
+def num_features(feature_type: str) -> int:
+    """Numbers in a feature vector.
+
+    >>> num_features("mfcc")
+    39
+    """
+    return extract(torch.zeros(len(LEADS), 500), feature_type).shape[-1]

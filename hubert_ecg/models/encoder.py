@@ -21,12 +21,45 @@ Compat = Literal["corrected", "published"]
 Problem = Literal["multilabel", "multiclass", "regression"]
 Head = Literal["linear", "mlp", "label_embedding"]
 
-# hidden size, layers, heads, feed-forward size, size of the codebook space, layer-drop, extractor channels
-_SIZES = {
-    "tiny": (128, 4, 4, 512, 64, 0.0, 64),
-    "small": (512, 8, 8, 2048, 256, 0.1, 512),
-    "base": (768, 12, 12, 3072, 256, 0.1, 512),
-    "large": (960, 16, 12, 3840, 512, 0.0, 512),
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "classifier_proj_size": 64,
+        "conv_dim": 32,
+        "layerdrop": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    },
+    "small": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "classifier_proj_size": 256,
+        "conv_dim": 512,
+        "layerdrop": 0.1,
+    },
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "classifier_proj_size": 256,
+        "conv_dim": 512,
+        "layerdrop": 0.1,
+    },
+    "large": {
+        "hidden_size": 960,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 12,
+        "intermediate_size": 3840,
+        "classifier_proj_size": 512,
+        "conv_dim": 512,
+        "layerdrop": 0.0,
+    },
 }
 # rate in Hz -> kernels and strides of the extractor: a token is always 0.64 s of one lead
 _CONVOLUTIONS = {
@@ -164,16 +197,10 @@ class HubertECGConfig:
             raise ValueError(f"preset: size must be one of {', '.join(_SIZES)}, got {size!r}")
         if sampling_rate_hz not in _CONVOLUTIONS:
             raise ValueError(f"preset: sampling_rate_hz must be 50, 100 or 500, got {sampling_rate_hz}")
-        hidden, layers, heads, feed_forward, projection, layerdrop, channels = _SIZES[size]
         kernels, strides = _CONVOLUTIONS[int(sampling_rate_hz)]
         fields = {
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": feed_forward,
-            "classifier_proj_size": projection,
-            "layerdrop": layerdrop,
-            "conv_dim": (channels,) * len(kernels),
+            **_SIZES[size],
+            "conv_dim": (_SIZES[size]["conv_dim"],) * len(kernels),
             "conv_kernel": kernels,
             "conv_stride": strides,
             "sampling_rate_hz": float(sampling_rate_hz),
@@ -205,8 +232,9 @@ class HubertECGConfig:
         extra = fields.pop("extra")
         for name in ("conv_dim", "conv_kernel", "conv_stride"):
             fields[name] = list(fields[name])
-        fields["id2label"] = {str(index): label for index, label in self.id2label.items()}
-        fields["label2id"] = {label: index for index, label in self.id2label.items()}
+        if fields.pop("id2label"):
+            fields["id2label"] = {str(index): label for index, label in self.id2label.items()}
+            fields["label2id"] = {label: index for index, label in self.id2label.items()}
         fields["ensemble_length"] = len(self.vocab_sizes)
         fields["num_feat_extract_layers"] = len(self.conv_dim)
         return {**_FIXED, **extra, **fields, "model_type": "hubert_ecg"}
@@ -241,7 +269,7 @@ class ModelOutput:
         unmasked_loss: The same on the other tokens; only computed where alpha is below 1.
     """
 
-    last_hidden_state: Tensor | None = None
+    last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     valid: Tensor | None = None
     logits: Any = None
@@ -412,6 +440,26 @@ class FeatureProjection(nn.Module):
         return self.dropout(self.projection(self.layer_norm(x)))
 
 
+def _fourier_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The positional convolution by Fourier transform: at 128 taps several times faster than a CPU's direct form.
+
+    Args:
+        x: ``[B, N, H]``.
+        weight: ``[H, H / groups, taps]``.
+        bias: ``[H]``.
+
+    Returns:
+        ``[B, N, H]``, padded by ``taps // 2`` zeros before the first token.
+    """
+    tokens, per_group, taps = x.shape[1], weight.shape[1], weight.shape[2]
+    # Long enough that nothing wraps around; multiples of 32 transform fast.
+    size = -(-(tokens + taps - 1) // 32) * 32
+    spectrum = torch.fft.rfft(x, size, dim=1).unflatten(2, (-1, per_group)).permute(1, 2, 0, 3)
+    filters = torch.fft.rfft(weight, size).conj().unflatten(0, (-1, per_group)).permute(3, 0, 2, 1)
+    y = torch.fft.irfft((spectrum @ filters).permute(2, 0, 1, 3).flatten(2), size, dim=1)
+    return y.roll(taps // 2, dims=1)[:, :tokens] + bias
+
+
 class PositionalConv(nn.Module):
     """Relative positions by a grouped convolution with weight norm over its taps, then GELU."""
 
@@ -427,13 +475,21 @@ class PositionalConv(nn.Module):
         )
         # Before weight norm takes the weight apart, so that its gains match.
         nn.init.normal_(conv.weight, std=2 / math.sqrt(taps * config.hidden_size))
-        nn.init.zeros_(conv.bias)
+        nn.init.constant_(conv.get_parameter("bias"), 0)
         self.conv = parametrizations.weight_norm(conv, dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, H]`` to ``[B, N, H]``."""
+        if self._by_fourier(x):
+            return F.gelu(_fourier_conv(x, self.conv.weight, self.conv.bias))
         # An even number of taps gives one output too many: the last one goes.
         return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
+
+    @staticmethod
+    def _by_fourier(x: Tensor) -> bool:
+        # Transforming the weight costs the same for any batch, and pays from about eight records on.
+        wide = x.dtype in (torch.float32, torch.float64)
+        return x.device.type == "cpu" and wide and len(x) >= 8 and not torch.compiler.is_compiling()
 
 
 class Attention(nn.Module):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +84,7 @@ def draw_mask(
     order = torch.where(order < 1, order, 1 + torch.rand(order.shape, generator=generator, device=device))
     order = order.masked_fill(~valid, 3.0).argsort(dim=1, stable=True)
     num_valid = valid.sum(1, keepdim=True)
-    counts = torch.tensor([_mask_count(n, mask_prob, min_masks) for n in range(num_tokens + 1)], device=device)
-    wanted = counts[num_valid]
+    wanted = _mask_counts(num_tokens, mask_prob, min_masks, start.device)[num_valid]
     place = torch.arange(count, device=device).expand(batch, -1)
     place = torch.where(place < wanted, place, place - wanted + num_valid)
     return order.gather(1, place).sort(dim=1).values
@@ -92,23 +94,26 @@ def _mask_count(num_tokens: int, mask_prob: float, min_masks: int) -> int:
     return min(num_tokens, max(min_masks, int(mask_prob * num_tokens + 0.5)))
 
 
-def codebook_logits(x: Tensor, projection: nn.Linear, codebook: nn.Embedding) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _mask_counts(num_tokens: int, mask_prob: float, min_masks: int, device: torch.device) -> Tensor:
+    """Masked tokens of a record with 0 to N valid ones; kept, so that a step copies nothing to the device."""
+    return torch.tensor([_mask_count(n, mask_prob, min_masks) for n in range(num_tokens + 1)], device=device)
+
+
+def codebook_logits(x: Tensor, codebook: Tensor) -> Tensor:
     """Cosine similarity of projected tokens and codebook entries, over the temperature 0.1, as one matrix product.
 
     Args:
-        x: ``[..., H]``, hidden states.
-        projection: H to the codebook's space.
-        codebook: K entries.
+        x: ``[..., D]``, projected hidden states.
+        codebook: ``[K, D]``.
 
     Returns:
-        ``[..., K]``, at least float32: the loss wants finer steps than a half-precision product has.
+        ``[..., K]``, at least float32 whatever autocast says: cross entropy wants finer steps than half precision has.
     """
-    x = projection(x)
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, torch.float32)
         x = F.normalize(x.to(wide), dim=-1, eps=1e-8)
-        entries = F.normalize(codebook.weight.to(wide), dim=-1, eps=1e-8)
-        return F.linear(x, entries) / TEMPERATURE
+        return F.linear(x, F.normalize(codebook.to(wide), dim=-1, eps=1e-8)) / TEMPERATURE
 
 
 class Backbone(Pretrained, nn.Module):
@@ -116,7 +121,8 @@ class Backbone(Pretrained, nn.Module):
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
-        self.config = config
+        # A copy: resizing codebooks changes it, and the caller's may build another model.
+        self.config = copy.deepcopy(config)
         self.feature_extractor = FeatureExtractor(config)
         self.feature_projection = FeatureProjection(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
@@ -273,9 +279,12 @@ class HubertECGForPretraining(Backbone):
         """
         output = self.encode(ecg, lengths, mask_indices, output_hidden_states)
         x, valid = output.last_hidden_state, output.valid
-        heads = list(zip(self.final_proj, self.label_embedding, strict=True))
+        heads = [
+            (project, cast(nn.Embedding, codebook).weight)
+            for project, codebook in zip(self.final_proj, self.label_embedding, strict=True)
+        ]
         if output_logits:
-            output.logits = tuple(codebook_logits(x, *head) for head in heads)
+            output.logits = tuple(codebook_logits(project(x), codebook) for project, codebook in heads)
         if labels is None:
             return output
         if mask_indices is None:
@@ -295,8 +304,8 @@ class HubertECGForPretraining(Backbone):
         else:
             masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, mask_indices, True)
         losses, others, correct = [], [], []
-        for head, target in zip(heads, labels, strict=True):
-            logits = codebook_logits(x, *head)
+        for (project, codebook), target in zip(heads, labels, strict=True):
+            logits = codebook_logits(project(x), codebook)
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="none")
             loss, known = loss.view_as(target), target != IGNORED
             if masked is not None:

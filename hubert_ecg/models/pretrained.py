@@ -1,11 +1,13 @@
 """Weights in and out: model folders, single files, published weights, the Hugging Face hub.
 
-Nothing here unpickles: tensors come from safetensors, or from ``torch.load(weights_only=True)``.
+No file runs code here: tensors come from safetensors, or from ``torch.load(weights_only=True)``, where objects of other
+software turn into inert records.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -31,6 +33,12 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _HEADS = ("final_proj", "label_embedding", "classifier", "projector", "lm_head", "layer_weights", "masked_spec_embed")
 # What wrappers and other classes put before the names of the encoder.
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.|hubert\.|hubert_ecg\.)+")
+_FIELDS = {field.name for field in dataclasses.fields(HubertECGConfig)}
+_PROBLEMS = {
+    "multi_label_classification": "multilabel",
+    "single_label_classification": "multiclass",
+    "regression": "regression",
+}
 _CLASSES: dict[str, type[Pretrained]] = {}
 _Model = TypeVar("_Model", bound="Pretrained")
 
@@ -75,17 +83,15 @@ class Pretrained:
         Raises:
             UserError: If there are no weights there, they cannot be read, or they do not fit.
         """
-        path = locate(name_or_path)
-        fields, tensors = read_weights(path)
-        config = HubertECGConfig.from_dict(fields)
-        names = {name for name in overrides if name in HubertECGConfig.__dataclass_fields__}
-        for name in names:
-            setattr(config, name, overrides.pop(name))
-        config.__post_init__()
-        model = cls(config, **overrides)  # type: ignore[call-arg]
-        fresh = _changed_heads(HubertECGConfig.from_dict(fields), model.config)
-        load_weights(model, tensors, source=str(name_or_path), fresh=fresh)  # type: ignore[arg-type]
-        return model.eval()  # type: ignore[attr-defined]
+        fields, tensors = read_weights(locate(name_or_path))
+        changes = {name: overrides.pop(name) for name in _FIELDS & overrides.keys()}
+        try:
+            old = HubertECGConfig.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name_or_path} is no model that this package has: {error}") from error
+        model: Any = cls(dataclasses.replace(old, **changes), **overrides)  # type: ignore[call-arg]
+        load_weights(model, tensors, source=str(name_or_path), fresh=_changed_heads(old, model.config))
+        return model.eval()
 
 
 def _changed_heads(old: HubertECGConfig, new: HubertECGConfig) -> tuple[str, ...]:
@@ -146,7 +152,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     repository = PUBLISHED.get(text, text)
-    looks_local = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parent.is_dir() and "/" in text
+    looks_local = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or (path.parent.is_dir() and "/" in text)
     if looks_local or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
         known = ", ".join(PUBLISHED)
         raise UserError(f"no model at {text}: give a .pt file, a model folder, a hub id (org/name), or one of {known}")
@@ -168,23 +174,46 @@ def _download(repository: str) -> Path:
                 hf_hub_download(repository, name)
                 break
     except Exception as error:  # the hub raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{repository} is no folder here and cannot be had from the Hugging Face hub: {reason[0]}"
+            f"{repository} is no folder here and cannot be had from the Hugging Face hub: {_first_line(error)}"
         ) from error
     return Path(config).parent
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config fields and tensors of a model folder or file, as they are there.
+    """Config fields and tensors of a model folder or file; names of tensors are as they are there.
 
     Raises:
         UserError: If something is missing or cannot be read safely.
     """
-    return _read_folder(path) if path.is_dir() else _read_file(path)
+    fields, tensors = _read_folder(path) if path.is_dir() else _read_file(path)
+    if not isinstance(fields, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no model: it needs a config and a dict of tensors")
+    return _with_heads(fields, _canonical(tensors)), tensors
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _with_heads(fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What other software's configs leave unsaid about the heads, read off their tensors."""
+    fields = dict(fields)
+    if "vocab_sizes" not in fields:
+        sizes = [len(tensors[name]) for name in sorted(tensors) if re.fullmatch(r"label_embedding\.\d+\.weight", name)]
+        fields |= {"vocab_sizes": sizes} if sizes else {}
+    if "head" in fields:
+        return fields
+    fields.setdefault("problem", _PROBLEMS.get(fields.get("problem_type") or "", "multilabel"))
+    outputs = 0
+    for head, last in (("linear", "classifier"), ("mlp", "classifier.2"), ("label_embedding", "label_embedding")):
+        if f"{last}.weight" in tensors:
+            fields["head"], outputs = head, len(tensors[f"{last}.weight"])
+            if head == "mlp":
+                fields["classifier_hidden_size"] = len(tensors["classifier.0.weight"])
+    # transformers gives every config two labels, classifier or not.
+    if len(fields.get("id2label") or ()) != outputs or not outputs:
+        fields["id2label"] = {index: f"LABEL_{index}" for index in range(outputs)}
+    return fields
+
+
+def _read_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -196,13 +225,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{folder} is no model folder: it has neither model.safetensors nor pytorch_model.bin")
     if weights.suffix != ".json":
         return fields, _read_tensors(weights)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     for name in sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())):
         tensors.update(_read_tensors(folder / Path(name).name))
     return fields, tensors
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file as load_safetensors
@@ -210,35 +239,56 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             return load_safetensors(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-    return _torch_load(path)
+            raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+    tensors = _torch_load(path)
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds no dict of tensors")
+    return tensors
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     if path.suffix == ".safetensors":
         return _read_folder(path.parent)
     content = _torch_load(path)
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no model: it needs a config and a dict of tensors")
+    if content.get("format") == FORMAT:
         return content["config"], content["state_dict"]
-    if isinstance(content, dict) and "model_state_dict" in content and isinstance(content.get("model_config"), dict):
-        return content["model_config"], content["model_state_dict"]
-    raise UserError(f"{path} holds no model: it needs a state dict and a config; see save_file")
+    config, tensors = content.get("model_config"), content.get("model_state_dict")
+    if not isinstance(config, dict | _Inert) or not isinstance(tensors, dict):
+        raise UserError(f"{path} holds no model: it needs a config and a dict of tensors; see save_file")
+    return config if isinstance(config, dict) else vars(config), tensors
+
+
+class _Inert:
+    """Stands where a file has an object of other software: it keeps the fields, and nothing of that software runs."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
 
 
 def _torch_load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no model file at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with contextlib.suppress(pickle.UnpicklingError):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        # Published checkpoints pickle their config object, and whatever their metrics were.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, ValueError) as error:
         raise UserError(
-            f"{path} holds pickled Python objects, and loading those would run code from the file. Where you trust it, "
-            "load it with the software that wrote it and keep only plain values: c = torch.load(FILE, "
-            "weights_only=False); torch.save({'model_state_dict': c['model_state_dict'], "
-            "'model_config': c['model_config'].to_dict()}, NEW_FILE)"
+            f"{path} holds Python objects that cannot be read without running code from the file. Where you trust it, "
+            "open it with the software that wrote it and keep plain values: c = torch.load(FILE, weights_only=False); "
+            "torch.save({'model_state_dict': c['model_state_dict'], 'model_config': c['model_config'].to_dict()}, NEW)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file can raise almost anything
+        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str, fresh: tuple[str, ...] = ()) -> None:
@@ -291,6 +341,10 @@ def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _some(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_plain(value: Any, where: str) -> None:

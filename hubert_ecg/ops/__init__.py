@@ -5,5 +5,18 @@ C classes, H heads, N points.
 """
 
 from hubert_ecg.ops._op import OPS, use_backend
+from hubert_ecg.ops.deltas import deltas
+from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign
+from hubert_ecg.ops.mfcc import mfcc
+from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
-__all__ = ["OPS", "use_backend"]
+__all__ = [
+    "OPS",
+    "TIME_FREQ_NAMES",
+    "deltas",
+    "kmeans_accumulate",
+    "kmeans_assign",
+    "mfcc",
+    "time_freq",
+    "use_backend",
+]

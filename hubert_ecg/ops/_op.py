@@ -151,6 +151,18 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return decorate
 
 
+def describe(x: torch.Tensor) -> str:
+    """A tensor as errors name it: ``float32[4, 8]``."""
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def as_floating(what: str, x: torch.Tensor, min_samples: int = 0) -> torch.Tensor:
+    """``x`` [..., S] in the dtype that kernels compute in: float64 stays, other floating dtypes become float32."""
+    if not x.is_floating_point() or x.ndim < 1 or x.shape[-1] < min_samples:
+        raise ValueError(f"{what} must be floating point [..., S] with S >= {min_samples}, got {describe(x)}")
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def _kind(array: Any) -> str:
     if isinstance(array, torch.Tensor):
         return "torch"

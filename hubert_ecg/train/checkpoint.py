@@ -1,7 +1,7 @@
 """One file that holds all a run needs to continue bit for bit: a .safetensors with JSON beside the tensors.
 
-A state is a nested dict (and list) of tensors, NumPy arrays and JSON values. Tensors and arrays go into the file under the
-path of their keys (``model/encoder.layers.0...``), all else into its metadata. Nothing in it is ever executed.
+A state is a nested dict (and list) of tensors, NumPy arrays and JSON values. Tensors and arrays go into the file under
+the path of their keys (``model/encoder.layers.0...``), all else into its metadata. Nothing in it is ever executed.
 """
 
 from __future__ import annotations
@@ -72,11 +72,22 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name: what a killed run left behind is overwritten, not piled up.
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
     yield temporary
+    # Some writers make files that only their owner may read.
+    temporary.chmod(mode)
     _fsync(temporary, os.O_RDWR)
     os.replace(temporary, path)
     if os.name == "posix":
         _fsync(path.parent, os.O_RDONLY)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 

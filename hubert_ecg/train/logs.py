@@ -1,4 +1,4 @@
-"""What a run says while it runs: a CSV file, TensorBoard events, a progress bar or plain lines, Weights & Biases if asked."""
+"""What a run says: a CSV file, TensorBoard events, a progress bar or plain lines, Weights & Biases if asked."""
 
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ class Logs:
         last_step: Step that a resumed run continues from; None for a new run.
         title: What the progress bar says.
         wandb: Also log to Weights & Biases, under this configuration; None does not.
-        console: Where to print.
     """
 
     def __init__(
@@ -78,12 +77,11 @@ class Logs:
         last_step: int | None = None,
         title: str = "train",
         wandb: Mapping[str, Any] | None = None,
-        console: Console | None = None,
     ) -> None:
         # Imported on use: TensorBoard takes a second to load.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.console = console or Console(soft_wrap=True)
+        self.console = Console(soft_wrap=True)
         self.total_steps = total_steps
         folder.mkdir(parents=True, exist_ok=True)
         if last_step is None:
@@ -123,7 +121,7 @@ class Logs:
 
     def say(self, line: str) -> None:
         """Print one line, above the progress bar where there is one."""
-        self.console.print(line, markup=False, highlight=False)
+        say(line, self.console)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -167,6 +165,11 @@ class Logs:
         since, first = self._started
         seconds = round((now - since) / max(step - first, 1) * (self.total_steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def say(line: str, console: Console | None = None) -> None:
+    """Print one line as it is."""
+    (console or Console(soft_wrap=True)).print(line, markup=False, highlight=False)
 
 
 def check_wandb(wanted: bool) -> None:

@@ -1,8 +1,8 @@
 """The training loop: what pretraining and fine-tuning share, and nothing of either.
 
-A step is an optimiser step; the batches accumulated in it are micro-batches. Everything is counted in steps. The state of a
-run is a pure function of its settings and its last checkpoint, so a run that was killed and resumed ends with the same weights,
-bit for bit (on a CPU in float32).
+A step is an optimiser step; the batches accumulated in it are micro-batches. Everything is counted in steps. What
+follows a checkpoint is a pure function of it and of the settings, so a run that was killed and resumed ends with the
+same weights, bit for bit (on a CPU in float32).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import platform
 import signal
 import threading
 import time
@@ -24,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hubert_ecg import __version__
 from hubert_ecg.config import FinetuneConfig, PretrainConfig, UserError, to_json
 from hubert_ecg.train import checkpoint
-from hubert_ecg.train.logs import Logs
+from hubert_ecg.train.logs import Logs, say
 from hubert_ecg.train.machine import autocast
 from hubert_ecg.train.schedule import WarmupLinear
 
@@ -101,11 +103,8 @@ class Objective(abc.ABC):
         """Keep the model as it is at the end of the run."""
 
     def state(self) -> dict[str, Any]:
-        """What else a resumed run needs."""
+        """What else belongs in the checkpoint."""
         return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
 
 
 @dataclasses.dataclass
@@ -131,11 +130,12 @@ class Loop:
         folder: Where checkpoint.safetensors and the logs go.
         device: Where the model is.
         dtype: What autocast runs in.
-        record_names: Names of the records with these indices, for messages.
+        record_names: Names of the records with these indices, for messages; default: the indices.
         data_key: Identifies the records of the run: a resumed one must have the same.
         betas: Decay rates of AdamW.
         eps: Epsilon of AdamW.
         title: Name of the run in messages.
+        facts: More to write into settings.json.
     """
 
     def __init__(
@@ -147,16 +147,15 @@ class Loop:
         folder: Path,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        record_names: Callable[[np.ndarray], Sequence[str]] = lambda index: [str(i) for i in index],
+        record_names: Callable[[np.ndarray], Sequence[str]] | None = None,
         data_key: str = "",
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         title: str = "train",
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         if batches.num_batches < 1:
             raise ValueError(f"{title}: training needs at least one batch of records, got none")
-        if config.accumulate_steps < 1:
-            raise ValueError(f"{title}: accumulate_steps must be at least 1, got {config.accumulate_steps}")
         self.config = config
         self.objective = objective
         self.batches = batches
@@ -164,9 +163,10 @@ class Loop:
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.device = device
         self.dtype = dtype
-        self.record_names = record_names
+        self.record_names = record_names or (lambda index: index.tolist())
         self.data_key = data_key
         self.title = title
+        self.facts = dict(facts or {})
 
         self.steps_per_epoch = -(-batches.num_batches // config.accumulate_steps)
         steps = config.num_epochs * self.steps_per_epoch
@@ -193,9 +193,11 @@ class Loop:
             RuntimeError: If a loss or gradient is not finite, with the records of its batch.
             UserError: If the run cannot be resumed as asked.
         """
-        resumed = self._resume()
+        resumed, news = self._resume()
         if self.progress.finished:
+            say(news)
             return self.progress
+        self._write_settings()
         columns = (*_COLUMNS, *self.objective.metrics, *_RATES)
         wandb = to_json(self.config) if self.config.wandb else None
         last_step = self.progress.step if resumed else None
@@ -205,13 +207,11 @@ class Loop:
             ) as self.logs,
             self._signals(),
         ):
-            if resumed:
-                self.logs.say(f"{self.title}: resumed at step {self.progress.step}/{self.total_steps}")
-            elif self.config.resume:
-                self.logs.say(f"{self.title}: no checkpoint in {self.folder} to resume; starting anew")
+            if news:
+                self.logs.say(news)
             try:
                 self._train()
-            except _StopAsked:
+            except _StopAskedError:
                 self._save()
                 name = signal.Signals(self._stop_signal).name
                 self.logs.say(
@@ -269,7 +269,7 @@ class Loop:
         self._num_records += len(records)
 
     def _after_step(self) -> None:
-        """Log, validate, write a checkpoint, stop: in this order, so that a checkpoint knows all rows up to its step."""
+        """Log, validate, write a checkpoint, stop: in this order, so that a checkpoint has all rows up to its step."""
         step, progress = self.progress.step, self.progress
         last = step == self.total_steps
         if step % self.config.log_every == 0 or last:
@@ -315,7 +315,7 @@ class Loop:
 
     def _poll(self) -> None:
         if self._stop_signal and not self.progress.finished:
-            raise _StopAsked
+            raise _StopAskedError
 
     def _epoch(self) -> float:
         return round(self.progress.step / self.steps_per_epoch, 4)
@@ -345,8 +345,9 @@ class Loop:
             names = ", ".join(str(name) for name in self.record_names(records))
             kept = self.checkpoint_path if self.checkpoint_path.is_file() else "none yet"
             raise RuntimeError(
-                f"{self.title}: the loss or its gradient is not finite at step {bad_step}, on the batch of records {names}; "
-                f"look at these records, or try a lower --learning_rate or --precision float32 (last checkpoint: {kept})"
+                f"{self.title}: the loss or its gradient is not finite at step {bad_step}, on the batch of records "
+                f"{names}; look at these records, or try a lower --learning_rate or --precision float32 "
+                f"(last checkpoint: {kept})"
             )
         self._unseen.clear()
 
@@ -371,33 +372,51 @@ class Loop:
         }
         checkpoint.save(self.checkpoint_path, state)
 
-    def _resume(self) -> bool:
+    def _resume(self) -> tuple[bool, str]:
+        """Take up the last checkpoint if that is asked for: whether it was, and what to tell the user."""
         path = self.checkpoint_path
         if not path.is_file():
-            return False
+            return False, f"{self.title}: no {path} to resume from; starting anew" if self.config.resume else ""
         if not self.config.resume:
             # Never continued by accident later, and not lost either.
-            path.replace(path.with_name("checkpoint.old.safetensors"))
-            return False
+            old = path.replace(path.with_name("checkpoint.old.safetensors"))
+            return False, f"{self.title}: starting anew; the checkpoint of an earlier run is now {old}"
         state = checkpoint.load(path)
         checkpoint.check_same(state["config"], to_json(self.config), _MAY_DIFFER, path)
         if state["data_key"] != self.data_key:
-            raise UserError(
-                f"resume: the records must be those of {path}, got others; give the same data_path and dataset"
-            )
-        self.objective.load_state(state["objective"])
+            raise UserError(f"resume: the records must be those of {path}, got others; give the same data_path")
         self.objective.model.load_state_dict(state["model"])
-        for name, parameter in self.parameters.items():
-            self.optimiser.state[parameter] = {
-                key: value if key == "step" and self.device.type == "cpu" else value.to(self.device)
-                for key, value in state["optimiser"][name].items()
-            }
+        optimiser = self.optimiser.state_dict()
+        optimiser["state"] = {i: state["optimiser"][name] for i, name in enumerate(self._optimised_names())}
+        self.optimiser.load_state_dict(optimiser)
         self.scaler.load_state_dict(state["scaler"])
         self._sums = {name: value.to(self.device) for name, value in state["interval"]["sums"].items()}
         self._num_summed = state["interval"]["steps"]
-        self.progress = Progress(**state["progress"])
+        progress = self.progress = Progress(**state["progress"])
         checkpoint.set_random_state(state["random"], self.device)
-        return True
+        if progress.finished:
+            return True, f"{self.title}: already finished at step {progress.step} ({progress.finished}); nothing to do"
+        return True, f"{self.title}: resumed after step {progress.step}/{self.total_steps} from {path}"
+
+    def _optimised_names(self) -> list[str]:
+        """Names of the parameters in the optimiser's own order."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        return [names[parameter] for group in self.optimiser.param_groups for parameter in group["params"]]
+
+    def _write_settings(self) -> None:
+        """Write settings.json: all that was decided for the run, for people."""
+        settings = {
+            "config": to_json(self.config),
+            "device": str(self.device),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.schedule.warmup_steps,
+            "trained_parameters": sum(p.numel() for p in self.parameters.values()),
+            "versions": {"hubert_ecg": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            **self.facts,
+        }
+        checkpoint.write_json(self.folder / "settings.json", settings)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -409,17 +428,17 @@ class Loop:
         def ask(number: int, frame: FrameType | None) -> None:
             self._stop_signal = number
             for asked, handler in before.items():
-                signal.signal(asked, handler)
+                signal.signal(asked, handler or signal.SIG_DFL)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
-class _StopAsked(Exception):
+class _StopAskedError(Exception):
     """A signal has asked the run to stop."""
 
 
@@ -437,7 +456,7 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused or None)
 
 
-def _groups(source: Generator[Any, None, None], size: int) -> Iterator[list[Any]]:
+def _groups(source: Generator[Any, None, None], size: int) -> Generator[list[Any], None, None]:
     # Closed with the epoch, so that readers ahead of it stop too.
     with contextlib.closing(source):
         while group := list(itertools.islice(source, size)):

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from hubert_ecg.data import synthetic_dipole as dipole
-from hubert_ecg.data.synthetic_dipole import Waves
+from hubert_ecg.data.synthetic import dipole
+from hubert_ecg.data.synthetic.dipole import Waves
 
 _QRS_S = {"normal": (0.078, 0.108), "CRBBB": (0.124, 0.165), "CLBBB": (0.128, 0.175)}
-# Mean, standard deviation and bounds of the frontal axis.
-_AXIS_DEG = {"normal": (45.0, 25.0, -20.0, 80.0), "CRBBB": (50.0, 35.0, -50.0, 110.0), "CLBBB": (5.0, 28.0, -50.0, 60.0)}
+# Mean, standard deviation and bounds of the frontal axis; in right block, that of what comes before the late wave.
+_AXIS_DEG = {
+    "normal": (45.0, 25.0, -20.0, 80.0),
+    "CRBBB": (45.0, 28.0, -35.0, 95.0),
+    "CLBBB": (5.0, 28.0, -50.0, 60.0),
+}
 # ST elevation reaches this many times its criterion; what is not labelled so stays below it.
 _ST_RATIO, _ST_RATIO_BELOW = (1.2, 3.2), 0.8
 
@@ -30,6 +34,7 @@ class Patient:
         qtc_s: QT interval at 60 bpm.
         pr_s: Onset of P to onset of QRS at 60 bpm.
         electrodes: ``[9, 3] float64`` lead vectors of the electrodes on this body, gain included.
+        axis_deg: Frontal axis of the left ventricle's depolarisation.
         qrs: Waves of depolarisation.
         p_wave: Waves of the atria, whose time starts at the onset of P.
         st_vector: ``[3] float64`` ST segment in mV when nothing is wrong.
@@ -43,6 +48,7 @@ class Patient:
     qtc_s: float
     pr_s: float
     electrodes: np.ndarray
+    axis_deg: float
     qrs: Waves
     p_wave: Waves
     st_vector: np.ndarray
@@ -51,7 +57,7 @@ class Patient:
     def st_levels_mv(self, waves: Waves) -> np.ndarray:
         """The ST level at J + 60 ms that the waves make, ``[12] float64`` in the order of ``LEADS``."""
         time = np.array([[self.qrs_s + dipole.ST_DELAY_S]])
-        return dipole.LEADS_FROM_ELECTRODES @ (self.electrodes @ waves.at(time)[0, 0])
+        return dipole.LEADS_FROM_ELECTRODES @ (self.electrodes @ waves.at(time)[0, :, 0])
 
 
 def spread(rng: np.random.Generator, sigma: float, size: int | None = None) -> Any:
@@ -79,16 +85,20 @@ def _draw_electrodes(rng: np.random.Generator) -> np.ndarray:
     return vectors * 0.95 * spread(rng, 0.2)
 
 
+def draw_person(rng: np.random.Generator, conduction: str) -> tuple[int, str]:
+    """Draws age and sex; a block is a finding of the old."""
+    age = rng.normal(56, 17) if conduction == "normal" else rng.normal(67, 12)
+    return int(np.clip(age, 18, 95)), "male" if rng.random() < 0.52 else "female"
+
+
 def draw_patient(rng: np.random.Generator, conduction: str = "normal") -> Patient:
-    """Draws a person.
+    """Draws a person, whose age and sex are those of :func:`draw_person`.
 
     Args:
         rng: Source of chance.
         conduction: "normal", "CRBBB" or "CLBBB".
     """
-    blocked = conduction != "normal"
-    age = int(np.clip(rng.normal(67, 12) if blocked else rng.normal(56, 17), 18, 95))
-    sex = "male" if rng.random() < 0.52 else "female"
+    age, sex = draw_person(rng, conduction)
     qrs_s = float(rng.uniform(*_QRS_S[conduction]))
     qrs = _individual(rng, dipole.QRS[conduction], qrs_s)
     # What takes longer to depolarise also takes longer to recover.
@@ -98,13 +108,15 @@ def draw_patient(rng: np.random.Generator, conduction: str = "normal") -> Patien
     mean, sigma, low, high = _AXIS_DEG[conduction]
     axis = np.clip(rng.normal(mean - 0.35 * (age - 55), sigma), low, high)
     horizontal = np.radians(np.clip(rng.normal(0, 10), -22, 22))
+    # The late wave of right block belongs to the other ventricle: it neither counts for the axis nor turns with it.
+    of_axis = qrs.centre < (0.55 if conduction == "CRBBB" else 1.0) * qrs_s
     frontal = 0.0
     # Leads I and aVF are not at right angles in this body, so the angle to turn by is found by correction.
     for _ in range(4):
-        reached = dipole.frontal_axis_deg(dipole.rotation(frontal, horizontal) @ qrs.net(), electrodes)
+        reached = dipole.frontal_axis_deg(dipole.rotation(frontal, horizontal) @ qrs.net(of_axis), electrodes)
         frontal += np.radians((axis - reached + 180) % 360 - 180)
 
-    # Atria and T wave follow the position of the heart only in part.
+    # The rest follows the position of the left ventricle only in part.
     partly = dipole.rotation(0.4 * frontal, horizontal)
     p_wave = np.insert(np.array(dipole.P_WAVE), 2, np.array(dipole.P_WAVE)[:, 1], axis=1)
     p_wave[:, :3] *= spread(rng, 0.08)
@@ -118,7 +130,8 @@ def draw_patient(rng: np.random.Generator, conduction: str = "normal") -> Patien
         qtc_s=float(qtc_s),
         pr_s=float(rng.uniform(0.130, 0.185)),
         electrodes=electrodes,
-        qrs=qrs.turned(dipole.rotation(frontal, horizontal)),
+        axis_deg=float(axis),
+        qrs=qrs.turned(dipole.rotation(frontal, horizontal), of_axis).turned(partly, ~of_axis),
         p_wave=Waves.of(p_wave).turned(partly),
         st_vector=partly @ st + rng.normal(0, 0.012, 3),
         t_vector=partly @ t * spread(rng, 0.25) + rng.normal(0, 0.035, 3),
@@ -127,8 +140,9 @@ def draw_patient(rng: np.random.Generator, conduction: str = "normal") -> Patien
 
 def _repolarisation(qrs_s: float, qt_s: float, st: np.ndarray, t: np.ndarray) -> Waves:
     """ST rises at the J point and lasts into T; T climbs slowly and falls fast."""
-    left, right = 0.145 * qt_s, 0.088 * qt_s
-    rows = [[qrs_s + 0.012, 0.012, 0.42 * (qt_s - qrs_s), *st], [qt_s - 2.2 * right, left, right, *t]]
+    jt_s = qt_s - qrs_s
+    left, right = 0.187 * jt_s, 0.113 * jt_s
+    rows = [[qrs_s + 0.012, 0.012, 0.42 * jt_s, *st], [qt_s - 2.2 * right, left, right, *t]]
     return Waves.of(np.array(rows), repolarising=True)
 
 
@@ -155,17 +169,14 @@ def conducted_beat(rng: np.random.Generator, patient: Patient, qt_s: float, terr
     def beat(amount: float) -> Waves:
         return patient.qrs + _repolarisation(patient.qrs_s, qt_s, st + amount * injury, t)
 
-    def reached(amount: float) -> bool:
-        ratio = dipole.st_ratio(patient.st_levels_mv(beat(amount)), territory)
-        return ratio >= target if territory is not None else ratio <= target
-
-    if patient.conduction == "CLBBB" or reached(0.0):
+    if patient.conduction == "CLBBB":
         return beat(0.0)
-    low, high = 0.0, most
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return beat(high)
+    levels = patient.st_levels_mv(beat(0.0))
+    amounts = np.linspace(0, most, 400)
+    ratios = dipole.st_ratio(levels + amounts[:, None] * (patient.st_levels_mv(beat(1.0)) - levels), territory)
+    enough = ratios >= target if territory is not None else ratios <= target
+    # Where even the best amount falls short of the target, it must do.
+    return beat(amounts[np.argmax(enough) if enough.any() else np.argmin(ratios)])
 
 
 def ectopic_beat(rng: np.random.Generator, patient: Patient, qt_s: float) -> tuple[Waves, float, str]:
@@ -176,7 +187,7 @@ def ectopic_beat(rng: np.random.Generator, patient: Patient, qt_s: float) -> tup
     """
     origin = str(rng.choice(list(dipole.ECTOPIC)))
     direction = np.array(dipole.ECTOPIC[origin]) * (1 + rng.normal(0, 0.12, 3))
-    direction *= rng.uniform(1.3, 2.1) / np.linalg.norm(direction)
+    direction *= rng.uniform(1.0, 1.7) / np.linalg.norm(direction)
     bend = rng.normal(0, 0.3, 3)
     qrs_s = float(rng.uniform(0.136, 0.185))
     rows = [

@@ -1,15 +1,16 @@
 """A rotating heart dipole and the twelve leads it makes.
 
-The heart is one current dipole v(t), a vector in the Frank axes (x to the left, y to the feet, z to the back), written as
-a sum of asymmetric Gaussian waves with a direction each::
+The heart is one current dipole v(t), a vector in the Frank axes (x to the left, y to the feet, z to the back), written
+as a sum of asymmetric Gaussian waves with a direction each::
 
-    v(t) = sum_c vector_c * exp(-((t - centre_c) / width_c(t))^2 / 2),   width_c = left_c before the centre, else right_c
+    v(t) = sum_c vector_c * exp(-((t - centre_c) / width_c(t))^2 / 2)
+    width_c(t) = left_c before the centre, right_c after it
 
-after the Gaussian beat model of McSharry et al. (IEEE Trans Biomed Eng 2003) and its extension to a three-dimensional
-dipole by Sameni et al. (EURASIP J Adv Signal Process 2007). An electrode sees the dipole along its lead vector; those of
-Dower's transform (Edenbrandt and Pahlm, J Electrocardiol 1988) give limb and chest electrodes. Leads are differences of
-electrode potentials, so whatever happens at an electrode reaches every lead as it does in a patient. The wave tables are
-our own: chosen so that the projections show the textbook pattern of each diagnosis at an ordinary amplitude.
+This is the Gaussian beat model of McSharry et al. (IEEE Trans Biomed Eng 2003) with the three-dimensional dipole of
+Sameni et al. (EURASIP J Adv Signal Process 2007). An electrode sees the dipole along its lead vector; those of Dower's
+transform (Edenbrandt and Pahlm, J Electrocardiol 1988) give limb and chest electrodes. Leads are differences of
+electrode potentials, so whatever happens at an electrode reaches every lead as it does in a patient. The wave tables
+are our own, chosen so that the projections show the textbook pattern of each diagnosis at an ordinary amplitude.
 """
 
 from __future__ import annotations
@@ -71,20 +72,20 @@ QRS = {
         (0.09, 0.05, -0.14, -0.03, -0.30),
         (0.27, 0.07, 1.10, 0.72, 0.20),
         (0.41, 0.07, 0.15, -0.05, 0.55),
-        (0.70, 0.125, -0.62, 0.02, -0.72),
+        (0.70, 0.125, -0.53, 0.04, -0.72),
     ),
     # The septum from right to left, then the left ventricle slowly: two humps, no q in I and V6.
     "CLBBB": (
-        (0.15, 0.075, 0.20, 0.08, 0.10),
-        (0.35, 0.105, 1.00, 0.32, 0.85),
-        (0.66, 0.125, 1.05, 0.12, 1.25),
+        (0.15, 0.075, 0.16, 0.08, 0.10),
+        (0.35, 0.105, 0.80, 0.26, 0.78),
+        (0.66, 0.125, 0.84, 0.10, 1.05),
     ),
 }
 # Repolarisation: the vectors in mV of the ST segment and of the T wave. A block turns them against the late QRS.
 REPOLARISATION = {
     "normal": ((0.015, 0.010, -0.020), (0.38, 0.19, -0.17)),
     "CRBBB": ((0.010, 0.000, 0.020), (0.40, 0.20, 0.17)),
-    "CLBBB": ((-0.08, -0.02, -0.12), (-0.38, -0.06, -0.44)),
+    "CLBBB": ((-0.08, -0.02, -0.12), (-0.33, -0.05, -0.40)),
 }
 # The right atrium, then the left one: centre and width in s from the onset of P, vector in mV.
 P_WAVE = ((0.034, 0.016, 0.04, 0.100, -0.060), (0.066, 0.018, 0.085, 0.075, 0.050))
@@ -139,38 +140,50 @@ class Waves:
         names = [field.name for field in dataclasses.fields(self)]
         return Waves(*(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
 
-    def turned(self, rotation: np.ndarray) -> Waves:
-        """Turns every wave by a rotation matrix ``[3, 3]``."""
-        return dataclasses.replace(self, vector=self.vector @ rotation.T)
+    def turned(self, rotation: np.ndarray, where: np.ndarray | bool = True) -> Waves:
+        """Turns the waves of the mask ``[C] bool`` by a rotation matrix ``[3, 3]``."""
+        turning = np.broadcast_to(where, len(self.centre))[:, None]
+        return dataclasses.replace(self, vector=np.where(turning, self.vector @ rotation.T, self.vector))
 
     def at(self, times: np.ndarray, stretch: np.ndarray | float = 1.0) -> np.ndarray:
         """Computes the dipole.
 
         Args:
-            times: ``[B, W] float64`` seconds from each beat's onset of QRS.
+            times: ``[B, W]`` float32 or float64, seconds from each beat's onset of QRS.
             stretch: ``[B]`` or a number, factor on the times of the repolarising waves.
 
         Returns:
-            ``[B, W, 3] float64`` in mV.
+            ``[B, 3, W]`` in mV, of the type of the times.
         """
-        factor = np.where(self.repolarising, np.broadcast_to(stretch, times.shape[:1])[:, None], 1.0)[:, :, None]
-        distance = times[:, None, :] - self.centre[:, None] * factor
-        width = np.where(distance < 0, self.left[:, None], self.right[:, None]) * factor
-        distance /= width
+        dtype = times.dtype
+        factor = np.ones((len(times), len(self.centre), 1), dtype)
+        factor[:, self.repolarising, 0] = np.reshape(stretch, (-1, 1))
+        centre, left, right = (x[:, None].astype(dtype) for x in (self.centre, self.left, self.right))
+        distance = times[:, None, :] - centre * factor
+        distance /= np.where(distance < 0, left, right) * factor
         np.square(distance, out=distance)
-        # Beyond six widths the wave is 15 nV at most: the clip keeps exp out of its slow denormal range.
-        np.minimum(distance, 36.0, out=distance)
-        np.exp(-0.5 * distance, out=distance)
-        return distance.transpose(0, 2, 1) @ self.vector
+        # Beyond six widths a wave is nothing; the clip keeps exp out of slow denormal numbers.
+        np.minimum(distance, 36, out=distance)
+        distance *= -0.5
+        np.exp(distance, out=distance)
+        return self.vector.T.astype(dtype) @ distance
 
-    def net(self) -> np.ndarray:
-        """The time integral of the dipole, ``[3] float64`` in mV s: its direction is the mean electrical axis."""
-        return np.sqrt(np.pi / 2) * (self.left + self.right) @ self.vector
+    def net(self, where: np.ndarray | bool = True) -> np.ndarray:
+        """The time integral of the dipole over the waves of the mask ``[C] bool``: ``[3] float64`` in mV s.
+
+        Its direction is the mean electrical axis.
+        """
+        return np.where(where, np.sqrt(np.pi / 2) * (self.left + self.right), 0.0) @ self.vector
 
 
 def rotation(frontal_rad: float, horizontal_rad: float) -> np.ndarray:
     """Turns from left to feet (clockwise in the frontal plane), then from left to back (in the horizontal plane)."""
-    cos_f, sin_f, cos_h, sin_h = np.cos(frontal_rad), np.sin(frontal_rad), np.cos(horizontal_rad), np.sin(horizontal_rad)
+    cos_f, sin_f, cos_h, sin_h = (
+        np.cos(frontal_rad),
+        np.sin(frontal_rad),
+        np.cos(horizontal_rad),
+        np.sin(horizontal_rad),
+    )
     frontal = np.array([[cos_f, -sin_f, 0.0], [sin_f, cos_f, 0.0], [0.0, 0.0, 1.0]])
     horizontal = np.array([[cos_h, 0.0, -sin_h], [0.0, 1.0, 0.0], [sin_h, 0.0, cos_h]])
     return horizontal @ frontal
@@ -182,16 +195,18 @@ def frontal_axis_deg(vector: np.ndarray, electrode_vectors: np.ndarray = ELECTRO
     return float(np.degrees(np.arctan2(2 * net["aVF"] / np.sqrt(3), net["I"])))
 
 
-def st_ratio(levels_mv: np.ndarray, territory: str | None = None) -> float:
+def st_ratio(levels_mv: np.ndarray, territory: str | None = None) -> np.ndarray:
     """How far ST elevation goes beyond what counts: at least 1 in two contiguous leads is ST elevation.
 
     Args:
-        levels_mv: ``[12] float64`` ST level at J + 60 ms in the order of ``LEADS``.
+        levels_mv: ``[..., 12] float64`` ST level at J + 60 ms in the order of ``LEADS``.
         territory: Where to look; None for the strongest of all territories.
 
     Returns:
-        The second highest ratio of level to criterion among the leads of the territory.
+        ``[...] float64``, the second highest ratio of level to criterion among the leads of the territory.
     """
     if territory is None:
-        return max(st_ratio(levels_mv, name) for name in ST_CRITERIA)
-    return sorted(levels_mv[LEADS.index(lead)] / limit for lead, limit in ST_CRITERIA[territory].items())[-2]
+        return np.max([st_ratio(levels_mv, name) for name in ST_CRITERIA], axis=0)
+    criteria = ST_CRITERIA[territory]
+    ratios = levels_mv[..., [LEADS.index(lead) for lead in criteria]] / np.array(list(criteria.values()))
+    return np.sort(ratios, axis=-1)[..., -2]

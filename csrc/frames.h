@@ -1,0 +1,51 @@
+// Frames, one to a SIMD lane: what mfcc.cpp and time_freq.cpp share that does not depend on the instruction set.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+
+namespace hubert_ecg {
+
+struct alignas(64) CacheLine {
+  char bytes[64];
+};
+
+// Calls work(begin, end, scratch) for ranges that cover the frames, on as many threads as pay. Each thread has `scratch_bytes`
+// of its own, on cache lines of its own, allocated once.
+template <class Work>
+void split_frames(int64_t num_frames, int64_t scratch_bytes, const Work& work) {
+  constexpr int64_t kGrain = 16;  // frames in the widest tile
+  const int64_t grains = (num_frames + kGrain - 1) / kGrain;
+  const int num_threads = static_cast<int>(std::clamp<int64_t>(grains / 8, 1, omp_get_max_threads()));
+  const int64_t lines = (scratch_bytes + 63) / 64;
+  std::vector<CacheLine> scratch(num_threads * lines);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = grains * thread / team * kGrain, end = std::min(grains * (thread + 1) / team * kGrain, num_frames);
+    work(begin, end, scratch.data() + thread * lines);
+  }
+}
+
+// The Fourier transform of n = odd * 2^stages real samples: transforms of the odd length, as sums, then joined pair by pair
+// (decimation in time, radix 2). real_fft_simd.h runs it.
+struct RealFft {
+  explicit RealFft(int64_t length) : n(length), odd(length) {
+    int stages = 0;
+    for (; odd > 1 && odd % 2 == 0; odd /= 2) ++stages;
+    for (int64_t block = 0; block < n / odd; ++block) {
+      int64_t reversed = 0;
+      for (int bit = 0; bit < stages; ++bit) reversed |= (block >> bit & 1) << (stages - 1 - bit);
+      first.push_back(reversed);
+    }
+  }
+
+  int64_t n, odd;
+  std::vector<int64_t> first;  // the first sample of each transform of odd length; the others follow every n / odd
+};
+
+}  // namespace hubert_ecg

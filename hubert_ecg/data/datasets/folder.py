@@ -1,0 +1,38 @@
+"""Any tree of readable files: recordings without labels, for pretraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hubert_ecg.config import UserError
+from hubert_ecg.data import text
+from hubert_ecg.data.dataset import Dataset, Entry, walk
+from hubert_ecg.data.readers import READERS
+
+
+class Folder(Dataset):
+    """Every readable file below a folder is one recording and one patient; there are no labels.
+
+    A .mat file with a header beside it is part of a WFDB record; a text file counts when its first line names leads.
+    """
+
+    name = "folder"
+
+    def entries(self) -> list[Entry]:
+        paths = [path for path in walk(self.data_path, READERS.keys()) if _is_recording(path)]
+        if not paths:
+            raise UserError(f"no recordings in {self.data_path}: looked for {', '.join(READERS)}")
+        sources = [path.relative_to(self.data_path) for path in paths]
+        names = [source.with_suffix("").as_posix() for source in sources]
+        if len(set(names)) < len(names):
+            names = [source.as_posix() for source in sources]
+        return [
+            Entry(record_id=name, path=path, source=source.as_posix())
+            for name, path, source in zip(names, paths, sources, strict=True)
+        ]
+
+
+def _is_recording(path: Path) -> bool:
+    if path.suffix.lower() == ".txt":
+        return bool(text.header(path))
+    return path.suffix.lower() == ".hea" or not path.with_suffix(".hea").is_file()

@@ -1,0 +1,83 @@
+"""Hefei: the ECGs of the Tianchi challenge "Hefei Hi-tech Cup" (competition 231754), rounds 1 and 2.
+
+Each recording is a text file with the header ``I II V1 V2 V3 V4 V5 V6`` and 5000 lines, 10 s at 500 Hz, in steps of
+4.88 uV; the four missing limb leads follow from I and II. ``*_label.txt`` has a line per recording, split by tabs: the
+file, age, sex, then its findings. ``*_arrythmia.txt`` (the organisers' spelling) lists the findings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hubert_ecg.config import UserError
+from hubert_ecg.data.dataset import Dataset, Entry, number, sex_name, walk
+from hubert_ecg.data.readers import read_record
+from hubert_ecg.data.record import Record
+
+_MV_PER_STEP = 4.88e-3
+
+
+class Hefei(Dataset):
+    """Hefei with the task ``all``: the findings as the label table names them.
+
+    Where a list of findings (``*_arrythmia.txt``) is beside the tables, a finding outside of all lists is an error.
+    Recordings without a line in a label table (the challenge's test sets) are left out. Patients are not published.
+    """
+
+    name = "hefei"
+    tasks = ("all",)
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        return any(folder.glob("hf_round*_label.txt")) or any(folder.glob("*/hf_round*_label.txt"))
+
+    def entries(self) -> list[Entry]:
+        texts = list(walk(self.data_path, {".txt"}))
+        tables = [path for path in texts if path.stem.endswith("_label")]
+        if not tables:
+            raise UserError(f"hefei: no label table (hf_round1_label.txt, ...) in {self.data_path}")
+        lists = [path for path in texts if path.stem.endswith("_arrythmia")]
+        findings = {line.strip() for path in lists for line in _lines(path)}
+        recordings: dict[str, list[Path]] = {}
+        for path in texts:
+            recordings.setdefault(path.name, []).append(path)
+
+        # Both rounds number their files anew, so the round is part of the name where there are several.
+        entries = []
+        for table in tables:
+            prefix = table.stem.removesuffix("_label")
+            for line_number, line in enumerate(_lines(table), start=1):
+                name, age, sex, *labels = (field.strip() for field in [*line.split("\t"), "", ""])
+                labels = [label for label in labels if label]
+                if findings and (unknown := set(labels) - findings):
+                    raise UserError(f"hefei: {table}, line {line_number}: {', '.join(sorted(unknown))} is in no list")
+                path = _nearest(recordings.get(name, []), prefix) or self.data_path / name
+                entries.append(
+                    Entry(
+                        record_id=f"{prefix}/{Path(name).stem}" if len(tables) > 1 else Path(name).stem,
+                        path=path,
+                        source=path.relative_to(self.data_path).as_posix(),
+                        age=number(age),
+                        sex=sex_name(sex),
+                        labels={"all": tuple(sorted(set(labels)))},
+                    )
+                )
+        return entries
+
+    def read(self, entry: Entry) -> Record:
+        assert entry.path is not None
+        record = read_record(entry.path, sampling_rate_hz=500.0)
+        return record.replace(signal=record.signal * _MV_PER_STEP)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = path.read_text(encoding="gb18030")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _nearest(paths: list[Path], prefix: str) -> Path | None:
+    """The file in a folder of the table's round (hf_round1_train, ...), else the only or first one."""
+    return next((path for path in paths if any(prefix in part for part in path.parts)), paths[0] if paths else None)

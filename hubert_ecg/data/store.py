@@ -1,0 +1,329 @@
+"""The packed store: recordings after preprocessing, memory-mapped, with an index.
+
+A store is a folder that may be moved::
+
+    store.json          settings, tasks, label names, shard sizes and hashes, skipped files; written last
+    index.parquet       one row per record
+    shards/00000.bin    samples, int16 or float16; record after record, each [12, num_samples] in row order
+
+A sample, in the units of the preprocessing, is its stored number times the scale of its record and lead.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hubert_ecg.config import UserError
+from hubert_ecg.data.record import Record
+from hubert_ecg.signal import LEADS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+MANIFEST, BUILDING, INDEX, SHARDS = "store.json", "building.json", "index.parquet", "shards"
+SPLITS = ("train", "validation", "test", "all")
+_VALIDATION_FOLD, _TEST_FOLD = 9, 10
+
+
+def shard_name(position: int) -> str:
+    return f"{position:05d}"
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a folder is a packed store, finished or not."""
+    return any((Path(path) / name).is_file() for name in (MANIFEST, BUILDING))
+
+
+def label_column(task: str) -> str:
+    return f"labels_{task}"
+
+
+def value_column(task: str) -> str:
+    return f"value_{task}"
+
+
+class Store:
+    """A packed store, opened for reading. Nothing is read before it is asked for; opening costs milliseconds.
+
+    Stores may be shared: between processes (a pickled store is its path) and between threads.
+
+    Args:
+        path: The store's folder.
+
+    Attributes:
+        sampling_rate_hz: Rate of model input from this store.
+        stored_rate_hz: Rate of the samples in the store: 500 with ``compat="published"``, where the loader decimates
+            each crop, else the same as sampling_rate_hz.
+        downsampling_factor: 500 / sampling_rate_hz.
+        compat: "corrected" or "published".
+        dataset: Name of the data set.
+        tasks: Its tasks.
+        problem: "multilabel"; :meth:`problem_of` says it task by task.
+        skipped: Files that could not be read, each with the reason.
+
+    Raises:
+        UserError: The folder is no store, or one that is unfinished, damaged, or of another version.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        manifest = _read_manifest(self.path)
+        self.manifest = manifest
+        settings = manifest["settings"]
+        self.downsampling_factor = int(settings["downsampling_factor"])
+        self.compat: str = settings["compat"]
+        self.stored_rate_hz = float(manifest["stored_rate_hz"])
+        self.sampling_rate_hz = float(manifest["sampling_rate_hz"])
+        self.dataset: str = manifest["dataset"]
+        self.tasks: tuple[str, ...] = tuple(manifest["tasks"])
+        self.problem: str = manifest["problem"]
+        self.skipped: list[tuple[str, str]] = [(source, reason) for source, reason in manifest["skipped"]]
+        self._dtype = np.dtype(settings["signal_dtype"])
+        self._shards: dict[int, np.ndarray] = {}
+        self._check()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self.manifest["num_records"])
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}: {len(self)} records of {self.dataset} at {self.sampling_rate_hz:g} Hz)"
+
+    def __getitem__(self, position: int) -> Record:
+        """The record at a position, with its preprocessed twelve leads at ``stored_rate_hz``."""
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"Store: index must be below {len(self)}, got {position}")
+        position = int(position) % len(self)
+        signal, _ = self.gather(np.array([position]), None, int(self.num_samples[position]))
+        row = self._table.slice(position, 1).to_pylist()[0]
+        return Record(
+            signal[0],
+            self.stored_rate_hz,
+            LEADS,
+            labels={task: tuple(row[label_column(task)]) for task in self.tasks if label_column(task) in row},
+            **{key: row[key] for key in ("record_id", "source", "patient_id", "fold", "age", "sex")},
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[position] for position in range(len(self)))
+
+    @functools.cached_property
+    def index(self) -> pd.DataFrame:
+        """One row per record: record_id, source, source_rate_hz, leads (names of the file), num_samples (stored),
+        duration_s, patient_id, fold, age, sex, num_flat_leads, num_missing_samples, and for each task ``labels_<task>``
+        (lists) or ``value_<task>``."""
+        hidden = {"shard", "offset", "scale", "present"}
+        columns = [name for name in self._table.column_names if name not in hidden]
+        frame = self._table.select([name for name in columns if not _is_list(self._table, name)]).to_pandas()
+        for name in columns:
+            if name not in frame:
+                frame[name] = self._table[name].to_pylist()
+        return frame[columns]
+
+    @functools.cached_property
+    def num_samples(self) -> np.ndarray:
+        """Length of each record at ``stored_rate_hz``, ``[N] int64``."""
+        return self._column("num_samples")
+
+    @functools.cached_property
+    def folds(self) -> np.ndarray:
+        """Fold 1 to 10 of each record, ``[N] int64``."""
+        return self._column("fold")
+
+    def gather(self, indices: np.ndarray, starts: np.ndarray | None, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the same length out of many records, straight from the memory maps.
+
+        Args:
+            indices: ``[B] int64`` records.
+            starts: ``[B] int64`` first sample of each cut, in stored samples; None is the beginning.
+            num_samples: Length T of the cuts, in stored samples.
+
+        Returns:
+            ``[B, 12, T] float32``, zero after the end of a record, and the number of valid samples, ``[B] int64``.
+
+        Raises:
+            IndexError: A record is not in the store.
+            ValueError: A start lies outside its record.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"gather: indices must be 0 to {len(self) - 1}, got {indices.min()} to {indices.max()}")
+        lengths = self.num_samples[indices]
+        starts = np.zeros_like(lengths) if starts is None else np.asarray(starts, dtype=np.int64)
+        if starts.shape != indices.shape or (starts < 0).any() or (starts >= lengths).any():
+            raise ValueError(f"gather: starts must lie inside each record, got {starts} for lengths {lengths}")
+        valid = np.minimum(num_samples, lengths - starts)
+        shards, offsets, scales = self._shard[indices], self._offset[indices], self._scale[indices]
+        ecg = np.zeros((len(indices), len(LEADS), num_samples), dtype=np.float32)
+        places = zip(*(column.tolist() for column in (shards, offsets, lengths, starts, valid)), strict=True)
+        for row, (shard, offset, length, start, count) in zip(ecg, places, strict=True):
+            record = self._map(shard)[offset : offset + len(LEADS) * length].reshape(len(LEADS), length)
+            row[:, :count] = record[:, start : start + count]
+        ecg *= scales[:, :, None]
+        return ecg, valid
+
+    def present(self, indices: np.ndarray) -> np.ndarray:
+        """Which leads of the records were measured or derived, ``[B, 12] bool``; the others are zero."""
+        return self._present[np.asarray(indices, dtype=np.int64)]
+
+    def split(self, name: str) -> np.ndarray:
+        """Positions of a split, ascending ``int64``: train is folds 1 to 8, validation 9, test 10, or all.
+
+        Raises:
+            UserError: There is no such split.
+        """
+        if name not in SPLITS:
+            raise UserError(f"unknown split {name!r}; known: {', '.join(SPLITS)}")
+        if name == "all":
+            return np.arange(len(self), dtype=np.int64)
+        if name == "train":
+            return np.flatnonzero(self.folds < _VALIDATION_FOLD)
+        return np.flatnonzero(self.folds == (_VALIDATION_FOLD if name == "validation" else _TEST_FOLD))
+
+    def problem_of(self, task: str) -> str:
+        """ "multilabel" or "regression"."""
+        self._require(task)
+        return "regression" if value_column(task) in self._table.column_names else self.problem
+
+    def label_names(self, task: str) -> tuple[str, ...]:
+        """The labels of a task: those that occur in the store's records, in any fold, sorted. For a regression task,
+        its own name.
+
+        Raises:
+            UserError: There is no such task.
+        """
+        self._require(task)
+        return tuple(self.manifest["label_names"][task])
+
+    def targets(self, task: str) -> np.ndarray:
+        """What a model of the task should say, ``[N, C] float32`` in the order of :meth:`label_names`.
+
+        0 and 1 for labels; the value, or NaN where there is none, for regression.
+
+        Raises:
+            UserError: There is no such task.
+        """
+        names = self.label_names(task)
+        if self.problem_of(task) == "regression":
+            return self._table[value_column(task)].to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
+        column = self._table[label_column(task)].combine_chunks()
+        counts = column.value_lengths().to_numpy(zero_copy_only=False)
+        rows = np.repeat(np.arange(len(self)), counts)
+        targets = np.zeros((len(self), len(names)), dtype=np.float32)
+        labels = column.flatten().to_numpy(zero_copy_only=False)
+        if len(labels):
+            targets[rows, np.searchsorted(np.array(names, dtype=object), labels)] = 1.0
+        return targets
+
+    def verify(self) -> None:
+        """Read every shard and compare it with its hash.
+
+        Raises:
+            UserError: A shard is not as it was written.
+        """
+        for shard in self.manifest["shards"]:
+            if file_hash(self._shard_path(shard["name"])) != shard["hash"]:
+                raise _damaged(self.path, f"{SHARDS}/{shard['name']}.bin is not as it was written")
+
+    def _require(self, task: str) -> None:
+        if task not in self.tasks:
+            known = ", ".join(self.tasks) or "none: its records have no labels"
+            raise UserError(f"data set {self.dataset} has no task {task!r}; its tasks: {known}")
+
+    def _check(self) -> None:
+        for shard in self.manifest["shards"]:
+            path = self._shard_path(shard["name"])
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["num_bytes"]:
+                found = "missing" if size is None else f"{size} bytes long and not {shard['num_bytes']}"
+                raise _damaged(self.path, f"{SHARDS}/{path.name} is {found}")
+        index = self.path / INDEX
+        if not index.is_file() or file_hash(index) != self.manifest["index_hash"]:
+            raise _damaged(self.path, f"{INDEX} is missing or not as it was written")
+
+    def _shard_path(self, name: str) -> Path:
+        return self.path / SHARDS / f"{name}.bin"
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._shards:
+            path = self._shard_path(shard_name(shard))
+            self._shards[shard] = np.memmap(path, dtype=self._dtype, mode="r").view(np.ndarray)
+        return self._shards[shard]
+
+    @functools.cached_property
+    def _table(self) -> pa.Table:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path / INDEX)
+
+    def _column(self, name: str) -> np.ndarray:
+        return self._table[name].to_numpy().astype(np.int64)
+
+    @functools.cached_property
+    def _shard(self) -> np.ndarray:
+        return self._column("shard")
+
+    @functools.cached_property
+    def _offset(self) -> np.ndarray:
+        return self._column("offset")
+
+    @functools.cached_property
+    def _scale(self) -> np.ndarray:
+        return self._lead_matrix("scale").astype(np.float32)
+
+    @functools.cached_property
+    def _present(self) -> np.ndarray:
+        return self._lead_matrix("present").astype(bool)
+
+    def _lead_matrix(self, name: str) -> np.ndarray:
+        values = self._table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(self), len(LEADS))
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return stream_hash(iter(lambda: file.read(1 << 20), b""))
+
+
+def stream_hash(blocks: Iterator[bytes] | Sequence[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_list(table: pa.Table, name: str) -> bool:
+    import pyarrow.types
+
+    return bool(pyarrow.types.is_list(table.schema.field(name).type))
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"store {path} is damaged: {what}; delete the folder and prepare it again")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        if is_store(path):
+            raise UserError(f"store {path} is unfinished: run the command that makes it again, and it goes on")
+        raise UserError(f"{path} is not a packed store: no {MANIFEST} in it")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"{MANIFEST} cannot be read") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"store {path} has format {version}, and this version reads {FORMAT_VERSION}: prepare it again")
+    return manifest

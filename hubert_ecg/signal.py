@@ -1,0 +1,420 @@
+"""From a raw recording to what the model reads: gaps, base line, band, sampling rate, scale, length.
+
+Two behaviours, chosen by ``compat``. Both compute in float64, because the phases of long records and the offsets of
+integer recordings need it, give float32, and run on the device that holds the recording.
+
+**corrected**, the default. Per lead, over the whole record:
+
+1. Samples that are NaN or infinite are bridged by straight lines, the ends are held; a lead without any sample is 0.
+2. One pass in the frequency domain applies a zero-phase band-pass and evaluates the result on the output's grid, so
+   that any sampling rate, 257 or 499.97 Hz too, is resampled exactly and without aliases. The gain rises from 0 at
+   0.3 Hz over 1/2 at 0.5 Hz to 1 at 0.7 Hz (zero-phase filters may cut up to 0.67 Hz before they bend ST segments:
+   AHA/ACC/HRS recommendations for the standardization of the electrocardiogram, part I, 2007). It falls from 1 at
+   44 Hz to 0 at 50 Hz, or at the same shares of the Nyquist frequency of input or output where that is lower.
+
+   An FFT closes a record to a ring, so what is put between its ends shapes the base line there. Mirroring about the
+   end sample, the usual choice, moves the base line by a whole R wave when a record ends on one. Here the slow part
+   next to an end, a ridge fit of a line and of waves up to 0.3 Hz to 10 s, is continued, and only the rest is mirrored.
+
+   Samples further from the local median than 4 times the typical range of one second are an artefact. They skip the
+   high-pass, which would smear a step or a spike as a false base line over seconds.
+3. The typical peak, the median over windows of 1 s (hop 0.25 s) of max ``|x|``, is scaled to 0.5, and the result is
+   limited to [-1, 1]. Ectopic beats reach about twice the typical peak and stay unclipped. An artefact that touches
+   less than half of the windows (half a second touches 38 % in 5 s) moves the scale by no more than beats differ.
+   Windows without signal (gaps, flat stretches) do not count, and a lead without signal is exactly 0.
+4. Crop, or zeros at the end.
+
+**published**, what the published weights were trained on, faults included: a window-designed FIR band-pass of
+0.05-47 Hz forward and backward, FFT resampling to 500 Hz, min-max to [-1, 1] per lead, crop, and decimation of the
+*flattened* crop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import scipy.signal
+import torch
+
+from hubert_ecg.ops._op import takes_arrays
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+NATIVE_RATE_HZ = 500
+
+# Corrected: the high-pass rises between these, the low-pass falls over the last 12 % below its stop edge.
+_HIGH_PASS_HZ = (0.3, 0.7)
+_LOW_PASS_STOP_HZ = 50.0
+_LOW_PASS_FULL = 0.88
+_PAD_S = 5.0
+_TREND_S = 10.0
+_TREND_HZ = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+_TREND_RIDGE = 5e-5
+_ARTEFACT_RANGES = 4.0
+_TYPICAL_PEAK = 0.5
+# A lead whose band-passed signal is below this share of its largest raw sample holds rounding errors, not signal.
+_SILENCE = 1e-6
+
+_PUBLISHED_BAND_HZ = (0.05, 47.0)
+
+
+@takes_arrays("raw")
+def prepare_ecg_for_inference(
+    raw: Any,
+    sampling_rate: float = 500,
+    target_length: int | None = 5000,
+    downsampling_factor: int = 5,
+    normalize: bool = True,
+    compat: str = "corrected",
+    return_length: bool = False,
+) -> Any:
+    """Filters, resamples, scales and cuts raw 12-lead ECGs to what the model reads.
+
+    Args:
+        raw: ``[12, n]`` or ``[B, 12, n]``, leads in the order of :data:`LEADS`, any real dtype and any unit (the scaling
+            removes it); a NumPy, CuPy or torch array on any device. NaN and infinite samples count as missing.
+        sampling_rate: Sampling rate of ``raw`` in Hz, whole or not.
+        target_length: Length of the result, counted in samples at 500 Hz: longer records are cropped to their
+            beginning, shorter ones get zeros at the end. None keeps the whole record.
+        downsampling_factor: The result runs at 500 Hz divided by this.
+        normalize: Scale each lead to [-1, 1]; False keeps the unit of ``raw``.
+        compat: "corrected", or "published" for the preprocessing of the published weights (see the module's text).
+            Published reads records longer than 0.9 s at more than 94 Hz, and a lead with a missing sample becomes the
+            mean of the others.
+        return_length: Also return how many samples of each record are signal and not padding.
+
+    Returns:
+        ``[12, target_length // downsampling_factor]`` or ``[B, 12, ...]`` float32, the kind of array and the device that
+        were given; with ``return_length``, a tuple of it and the valid length: an int, or ``[B]`` int64 for a batch.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and says what to do.
+
+    >>> prepare_ecg_for_inference(np.zeros((12, 3600)), sampling_rate=360).shape
+    (12, 1000)
+    """
+    name = "prepare_ecg_for_inference"
+    _check_leads(raw, name, "raw")
+    rate_hz = _check_rate(sampling_rate, name)
+    factor = _check_count(downsampling_factor, f"{name}: downsampling_factor")
+    if compat not in ("corrected", "published"):
+        raise ValueError(f"{name}: compat must be 'corrected' or 'published', got {compat!r}")
+    num_native = int(raw.shape[-1] * NATIVE_RATE_HZ / rate_hz)
+    if num_native < factor:
+        raise ValueError(
+            f"{name}: raw must hold at least one sample of the output ({factor / NATIVE_RATE_HZ:g} s), "
+            f"got {raw.shape[-1]} samples at {rate_hz:g} Hz; is sampling_rate in Hz?"
+        )
+    target = num_native if target_length is None else _check_count(target_length, f"{name}: target_length")
+    if target < factor:
+        raise ValueError(f"{name}: target_length must be at least downsampling_factor ({factor}), got {target}")
+    num_out, num_valid = target // factor, min(target, num_native) // factor
+
+    records = raw.detach().reshape(-1, len(LEADS), raw.shape[-1])
+    out = torch.zeros(records.shape[0], len(LEADS), num_out, dtype=torch.float32, device=raw.device)
+    # One record at a time on a CPU: it stays in cache, and batched transforms may round otherwise than single ones.
+    step = 1 if raw.device.type == "cpu" else max(1, 2**22 // records[:1].numel())
+    for first in range(0, records.shape[0], step):
+        part = records[first : first + step].to(torch.float64)
+        if compat == "corrected":
+            done = _corrected(part, rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize)[..., :num_out]
+        else:
+            done = _published(part, rate_hz, num_native, target // factor * factor, factor, normalize)
+        out[first : first + step, :, : done.shape[-1]] = done
+    out = out.reshape(*raw.shape[:-1], num_out)
+    if not return_length:
+        return out
+    if raw.ndim == 2:
+        return out, num_valid
+    return out, torch.full((raw.shape[0],), num_valid, dtype=torch.int64, device=raw.device)
+
+
+@takes_arrays("ecg")
+def decimate_flattened(ecg: Any, factor: int) -> Any:
+    """Decimates 12 leads laid end to end, as the published weights saw them: the filter runs across lead boundaries.
+
+    An 8th-order Chebyshev-I low-pass forward and backward, then every ``factor``-th sample (``scipy.signal.decimate``).
+
+    Args:
+        ecg: ``[12, n]`` or ``[B, 12, n]`` at 500 Hz, already cropped; of each lead the last ``n % factor`` samples are
+            dropped.
+        factor: Decimation factor; 1 returns the leads as they are.
+
+    Returns:
+        ``[..., 12, n // factor]`` float32, the kind of array and the device that were given.
+
+    Raises:
+        ValueError: another shape, or fewer than 3 or ``factor`` samples in a lead.
+    """
+    name = "decimate_flattened"
+    _check_leads(ecg, name, "ecg")
+    factor = _check_count(factor, f"{name}: factor")
+    if ecg.shape[-1] < max(3, factor):
+        raise ValueError(f"{name}: ecg must hold at least {max(3, factor)} samples in a lead, got {ecg.shape[-1]}")
+    return _decimate_flattened(ecg.detach().to(torch.float64), factor).to(torch.float32)
+
+
+def _check_leads(x: torch.Tensor, function: str, argument: str) -> None:
+    given = f"{function}: {argument} must be [{len(LEADS)}, samples] or [B, {len(LEADS)}, samples]"
+    if x.ndim not in (2, 3) or x.shape[-2] != len(LEADS):
+        hint = "; transpose it" if x.ndim in (2, 3) and x.shape[-1] == len(LEADS) else ""
+        raise ValueError(f"{given}, got {list(x.shape)}{hint}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{given} with at least one sample, got {list(x.shape)}")
+    if x.is_complex():
+        raise ValueError(f"{function}: {argument} must be real, got {x.dtype}")
+
+
+def _check_rate(sampling_rate: Any, function: str) -> float:
+    want = f"{function}: sampling_rate must be a positive number of Hz"
+    if isinstance(sampling_rate, (bool, str)):
+        raise ValueError(f"{want}, got {sampling_rate!r}")
+    try:
+        rate_hz = float(sampling_rate)
+    except (TypeError, ValueError):
+        raise ValueError(f"{want}, got {sampling_rate!r}") from None
+    if not (math.isfinite(rate_hz) and rate_hz > 0):
+        raise ValueError(f"{want}, got {sampling_rate!r}")
+    return rate_hz
+
+
+def _check_count(value: Any, what: str) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        raise ValueError(f"{what} must be a positive whole number, got {value!r}")
+    return count
+
+
+# Corrected
+
+
+def _corrected(x: torch.Tensor, rate_hz: float, out_rate_hz: float, num_out: int, normalize: bool) -> torch.Tensor:
+    """``[B, 12, n]`` float64 -> ``[B, 12, num_out]``: band-passed, resampled and, if asked, scaled."""
+    low_pass_hz = min(_LOW_PASS_STOP_HZ, out_rate_hz / 2, rate_hz / 2)
+    if low_pass_hz * _LOW_PASS_FULL <= _HIGH_PASS_HZ[1]:
+        raise ValueError(
+            f"prepare_ecg_for_inference: sampling_rate and 500 / downsampling_factor must leave a band above "
+            f"{_HIGH_PASS_HZ[1]} Hz, got {rate_hz:g} Hz and {out_rate_hz:g} Hz; is sampling_rate in Hz?"
+        )
+    seen = torch.isfinite(x)
+    whole = bool(seen.all())
+    if not whole:
+        x = _bridge(x, seen)
+    largest = x.abs().amax(-1, keepdim=True)
+    y = _band_pass(x, None if whole else seen, rate_hz, out_rate_hz, num_out, low_pass_hz)
+    if not normalize:
+        return y
+    weigh = y.abs()
+    if not whole:
+        at = torch.arange(num_out, device=x.device, dtype=torch.float64) * (rate_hz / out_rate_hz)
+        weigh = weigh * seen[..., at.round().long().clamp(max=x.shape[-1] - 1)]
+    scale = _typical(_window_max(weigh, out_rate_hz), _SILENCE * largest) / _TYPICAL_PEAK
+    return torch.where(scale > 0, y / scale.clamp(min=torch.finfo(y.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+def _bridge(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Straight lines over the samples that were not seen; held ends; 0 where a lead has none."""
+    n = x.shape[-1]
+    at = torch.arange(n, device=x.device).expand(x.shape)
+    before = torch.where(seen, at, -1).cummax(-1).values
+    after = torch.where(seen, at, n).flip(-1).cummin(-1).values.flip(-1)
+    left = torch.where(before < 0, after, before).clamp(max=n - 1)
+    right = torch.where(after == n, before, after).clamp(min=0)
+    known = torch.where(seen, x, 0.0)
+    weight = (at - left) / (right - left).clamp(min=1)
+    return torch.lerp(known.gather(-1, left), known.gather(-1, right), weight.to(x.dtype))
+
+
+def _window_max(x: torch.Tensor, rate_hz: float) -> torch.Tensor:
+    """Largest value in windows of 1 s, hop 0.25 s: ``[B, 12, n] -> [B, 12, W]``; a shorter record is one window."""
+    size = min(x.shape[-1], max(1, round(rate_hz)))
+    return torch.nn.functional.max_pool1d(x, size, max(1, round(rate_hz / 4)))
+
+
+def _typical(values: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Median over the last axis of the values above ``floor``, 0 where there are none: ``[B, 12, W] -> [B, 12, 1]``."""
+    return torch.where(values > floor, values, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(nan=0.0)
+
+
+def _band_pass(
+    x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float, out_rate_hz: float, num_out: int, low_pass_hz: float
+) -> torch.Tensor:
+    """The zero-phase band-pass of ``x`` at the times ``m / out_rate_hz``, m < ``num_out``."""
+    n, pad = x.shape[-1], math.ceil(_PAD_S * rate_hz)
+    size = scipy.fft.next_fast_len(n + 2 * pad, real=True)
+    device = x.device
+    f_hz = torch.arange(math.ceil(low_pass_hz * size / rate_hz), device=device, dtype=torch.float64) * (rate_hz / size)
+    low_pass = 1 - _rise(f_hz, _LOW_PASS_FULL * low_pass_hz, low_pass_hz)
+    artefact = _artefact(x, seen, rate_hz)
+    if artefact is not None:
+        x = x - artefact
+    spectrum = torch.fft.rfft(_continued(x, rate_hz, pad, size))[..., : len(f_hz)] * _rise(f_hz, *_HIGH_PASS_HZ)
+    if artefact is not None:
+        padded = torch.nn.functional.pad(artefact, (pad, size - n - pad))
+        spectrum += torch.fft.rfft(padded)[..., : len(f_hz)]
+    spectrum = spectrum * low_pass * torch.polar(torch.ones_like(f_hz), 2 * math.pi * f_hz * (pad / rate_hz))
+    spectrum[..., 1:] *= 2
+    return _evaluate(spectrum / size, rate_hz / (size * out_rate_hz), num_out)
+
+
+def _rise(f_hz: torch.Tensor, start_hz: float, stop_hz: float) -> torch.Tensor:
+    """A gain that rises from 0 to 1 between two frequencies along a squared sine."""
+    return torch.sin(math.pi / 2 * ((f_hz - start_hz) / (stop_hz - start_hz)).clamp(0, 1)) ** 2
+
+
+def _evaluate(spectrum: torch.Tensor, step: float, num_out: int) -> torch.Tensor:
+    """``y[m] = Re sum_k spectrum[k] exp(2 pi i k m step)``, m < ``num_out``, for any ``step`` (Bluestein's chirp-z)."""
+    num = spectrum.shape[-1]
+    size = scipy.fft.next_fast_len(num + num_out - 1)
+    at = torch.arange(max(num, num_out), device=spectrum.device, dtype=torch.float64)
+    chirp = torch.polar(torch.ones_like(at), math.pi * torch.remainder(at * at * step, 2.0))
+    kernel = spectrum.new_zeros(size)
+    kernel[:num_out] = chirp[:num_out].conj()
+    kernel[size - num + 1 :] = chirp[1:num].conj().flip(-1)
+    product = torch.fft.fft(spectrum * chirp[:num], size) * torch.fft.fft(kernel)
+    return (torch.fft.ifft(product)[..., :num_out] * chirp[:num_out]).real
+
+
+def _artefact(x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float) -> torch.Tensor | None:
+    """What stands out of a lead by more than 4 typical ranges of one second, as its height above the local median."""
+    # About 100 Hz is enough to know the range and the level of a second.
+    stride = max(1, int(rate_hz / 100))
+    coarse, coarse_hz = x[..., ::stride], rate_hz / stride
+    ranges = _window_max(coarse, coarse_hz) + _window_max(-coarse, coarse_hz)
+    if seen is not None:
+        ranges = ranges * (_window_max((~seen[..., ::stride]).to(x.dtype), coarse_hz) == 0)
+    limit = _ARTEFACT_RANGES * _typical(ranges, _SILENCE * x.abs().amax(-1, keepdim=True))
+    width, hop = min(coarse.shape[-1], round(2 * coarse_hz)), max(1, round(coarse_hz / 2))
+    medians = coarse.unfold(-1, width, hop).median(-1).values
+    nearest = (torch.arange(x.shape[-1], device=x.device) / stride - width / 2) / hop
+    above = x - medians[..., nearest.round().long().clamp(0, medians.shape[-1] - 1)]
+    out = (above.abs() > limit) & (limit > 0)
+    return torch.where(out, above, 0.0) if bool(out.any()) else None
+
+
+def _continued(x: torch.Tensor, rate_hz: float, pad: int, size: int) -> torch.Tensor:
+    """``x`` less a straight line, continued over ``pad`` samples on either side and faded out there: ``[..., size]``."""
+    n = x.shape[-1]
+    at = torch.arange(n, device=x.device, dtype=x.dtype) - (n - 1) / 2
+    x = x - x.mean(-1, keepdim=True)
+    x = x - at * ((x * at).sum(-1, keepdim=True) / (at * at).sum().clamp(min=1))
+    width = min(n, math.ceil(_TREND_S * rate_hz))
+    fit, beyond, mirror = (part.to(x.device) for part in _trend(width, rate_hz, pad))
+    fade = torch.sin(math.pi / 2 * ((pad - 0.5 - torch.arange(pad, device=x.device)) / (pad / 2)).clamp(max=1)) ** 2
+    head, tail = (
+        (end @ fit @ beyond + end[..., mirror]) * fade for end in (x[..., :width], x[..., n - width :].flip(-1))
+    )
+    return torch.nn.functional.pad(torch.cat([head.flip(-1), x, tail], -1), (0, size - n - 2 * pad))
+
+
+@functools.lru_cache(maxsize=16)
+def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The ridge fit of a line and slow waves to ``width`` samples, read from the end inwards.
+
+    Returns:
+        ``[width, K]`` from samples to coefficients; ``[K, pad]`` from coefficients to the slow part beyond the end, less
+        what the mirrored samples hold of it; ``[pad]`` the places of the mirrored samples.
+    """
+    t = (np.arange(-pad, width) - (width - 1) / 2) / rate_hz
+    waves = 2 * math.pi * np.asarray(_TREND_HZ)[:, None] * t
+    basis = np.concatenate([np.ones_like(t)[None], t[None], np.sin(waves), np.cos(waves)])
+    inside, beyond = basis[:, pad:], basis[:, :pad][:, ::-1]
+    ridge = math.sqrt(_TREND_RIDGE * width) * np.eye(len(basis))[2:]
+    fit = np.linalg.pinv(np.concatenate([inside.T, ridge]))[:, :width].T
+    mirror = np.arange(pad) % (2 * width)
+    mirror = np.minimum(mirror, 2 * width - 1 - mirror)
+    return torch.from_numpy(fit.copy()), torch.from_numpy(beyond - inside[:, mirror]), torch.from_numpy(mirror)
+
+
+# Published
+
+
+def _published(
+    x: torch.Tensor, rate_hz: float, num_native: int, target: int, factor: int, normalize: bool
+) -> torch.Tensor:
+    """``[B, 12, n]`` float64 -> ``[B, 12, target // factor]``: the published chain."""
+    if rate_hz <= 2 * _PUBLISHED_BAND_HZ[1]:
+        raise ValueError(
+            f"prepare_ecg_for_inference: sampling_rate must be above {2 * _PUBLISHED_BAND_HZ[1]:g} Hz with "
+            f"compat='published', got {rate_hz:g}; use compat='corrected'"
+        )
+    taps = _published_band_pass(rate_hz)
+    if x.shape[-1] <= 3 * len(taps):
+        raise ValueError(
+            f"prepare_ecg_for_inference: raw must be longer than {3 * len(taps)} samples at {rate_hz:g} Hz with "
+            f"compat='published', got {x.shape[-1]}; use compat='corrected', or pad the record"
+        )
+    seen = torch.isfinite(x).all(-1, keepdim=True)
+    x = _resample(_forward_backward(torch.where(seen, x, 0.0), taps, 3 * len(taps)), num_native)
+    if normalize:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        x = 2 * (x - low) / (high - low + 1e-8) - 1
+    x = x[..., :target]
+    # A missing sample spoils its whole lead in an FFT; what is left of the record gives the mean that replaces it.
+    others = torch.where(seen, x, 0.0).mean(-1).sum(-1) / seen.sum((1, 2)).clamp(min=1)
+    x = torch.where(seen, x, others[:, None, None])
+    x = torch.nn.functional.pad(x, (0, target - x.shape[-1]))
+    return _decimate_flattened(x, factor)
+
+
+@functools.lru_cache(maxsize=16)
+def _published_band_pass(rate_hz: float) -> torch.Tensor:
+    num_taps = int(0.3 * rate_hz) | 1
+    return torch.from_numpy(scipy.signal.firwin(num_taps, _PUBLISHED_BAND_HZ, pass_zero=False, fs=rate_hz))
+
+
+def _forward_backward(x: torch.Tensor, response: torch.Tensor, pad: int) -> torch.Tensor:
+    """``scipy.signal.filtfilt`` for an impulse response: odd padding, and each pass starts in its steady state."""
+    n, memory = x.shape[-1], len(response) - 1
+    head = 2 * x[..., :1] - x[..., 1 : pad + 1].flip(-1)
+    tail = 2 * x[..., -1:] - x[..., n - pad - 1 : n - 1].flip(-1)
+    x = torch.cat([head, x, tail], -1)
+    # The steady state of a first sample is that of a signal that always had its value.
+    size = scipy.fft.next_fast_len(x.shape[-1] + memory, real=True)
+    gain = torch.fft.rfft(response.to(x), size)
+    for _ in range(2):
+        held = torch.cat([x[..., :1].expand(*x.shape[:-1], memory), x], -1)
+        x = torch.fft.irfft(torch.fft.rfft(held, size) * gain, size)[..., memory : held.shape[-1]].flip(-1)
+    return x[..., pad : pad + n]
+
+
+def _resample(x: torch.Tensor, num: int) -> torch.Tensor:
+    """``scipy.signal.resample`` along the last axis."""
+    n = x.shape[-1]
+    if num == n:
+        return x
+    shared = min(num, n)
+    spectrum = torch.fft.rfft(x)[..., : shared // 2 + 1]
+    if shared % 2 == 0:
+        # The bin at the lower Nyquist frequency stands for two bins on one side of the change, for one on the other.
+        spectrum[..., -1] *= 2 if num < n else 0.5
+    return torch.fft.irfft(spectrum, num) * (num / n)
+
+
+def _decimate_flattened(x: torch.Tensor, factor: int) -> torch.Tensor:
+    if factor == 1:
+        return x
+    num = x.shape[-1] // factor
+    flat = x[..., : num * factor].flatten(-2)
+    if flat.device.type == "cpu":
+        thin = torch.from_numpy(np.ascontiguousarray(scipy.signal.decimate(flat.numpy(), factor)))
+    else:
+        thin = _forward_backward(flat, *_anti_alias(factor))[..., ::factor]
+    return thin.unflatten(-1, (len(LEADS), num))
+
+
+@functools.lru_cache(maxsize=16)
+def _anti_alias(factor: int) -> tuple[torch.Tensor, int]:
+    """Impulse response of the decimation filter, as long as float64 can tell it from 0, and the padding of its run."""
+    sos = scipy.signal.cheby1(8, 0.05, 0.8 / factor, output="sos")
+    slowest = np.abs(scipy.signal.sos2zpk(sos)[1]).max()
+    impulse = np.zeros(math.ceil(math.log(1e-15) / math.log(slowest)))
+    impulse[0] = 1
+    return torch.from_numpy(scipy.signal.sosfilt(sos, impulse)), 3 * (2 * len(sos) + 1)

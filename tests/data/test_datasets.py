@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import collections
+import csv
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hubert_ecg.config import UserError
+from hubert_ecg.data import DATASETS, Entry, default_data_path, open_dataset
+from hubert_ecg.data.datasets.challenge import snomed
+from hubert_ecg.data.folds import assign_folds
+from hubert_ecg.signal import LEADS
+
+HEADER = "{name} 12 500 10 {date}\n" + "".join(f"{{name}}.mat 16+24 1000/mV 16 0 0 0 0 {lead}\n" for lead in LEADS)
+
+
+def write_header(path, dx, prefix="#"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        HEADER.format(name=path.stem, date="") + f"{prefix}Age: 50\n{prefix}Sex: Male\n{prefix}Dx: {','.join(dx)}\n"
+    )
+
+
+def labels_of(dataset, task):
+    return {entry.record_id: entry.labels[task] for entry in dataset.entries()}
+
+
+@pytest.fixture
+def ptbxl(tmp_path, shared_data):
+    statements = (shared_data / "ptbxl/scp_statements.csv").read_text()
+    (tmp_path / "scp_statements.csv").write_text(statements)
+    rows = [
+        (1, 15709.0, 56.0, 1, "{'NORM': 100.0, 'LVOLT': 0.0, 'SR': 0.0}", 3),
+        (2, 13243.0, 300.0, 0, "{'ASMI': 15.0, 'AMI': 35.0, 'SR': 0.0}", 9),
+        (3, "", "", 1, "{'NDT': 100.0}", 10),
+        (4, 7.0, 40.0, 1, "{}", 1),
+    ]
+    table = pd.DataFrame(rows, columns=["ecg_id", "patient_id", "age", "sex", "scp_codes", "strat_fold"])
+    table["filename_lr"] = [f"records100/00000/0000{k}_lr" for k in table["ecg_id"]]
+    table["filename_hr"] = [f"records500/00000/0000{k}_hr" for k in table["ecg_id"]]
+    table.to_csv(tmp_path / "ptbxl_database.csv", index=False)
+    return tmp_path
+
+
+def test_ptbxl_tasks(ptbxl):
+    dataset = open_dataset("auto", ptbxl)
+    assert dataset.name == "ptbxl"
+    assert labels_of(dataset, "all") == {
+        "1": ("LVOLT", "NORM", "SR"),
+        # 15 % likely is likely enough, as in the published benchmark.
+        "2": ("AMI", "ASMI", "SR"),
+        "3": ("NDT",),
+        "4": (),
+    }
+    assert labels_of(dataset, "diag") == {"1": ("NORM",), "2": ("AMI", "ASMI"), "3": ("NDT",), "4": ()}
+    assert labels_of(dataset, "diag_subclass") == {"1": ("NORM",), "2": ("AMI",), "3": ("STTC",), "4": ()}
+    assert labels_of(dataset, "diag_superclass") == {"1": ("NORM",), "2": ("MI",), "3": ("STTC",), "4": ()}
+    assert labels_of(dataset, "form") == {"1": ("LVOLT",), "2": (), "3": ("NDT",), "4": ()}
+    assert labels_of(dataset, "rhythm") == {"1": ("SR",), "2": ("SR",), "3": (), "4": ()}
+    assert dataset.label_names("diag_superclass") == ("MI", "NORM", "STTC")
+    entries = dataset.entries()
+    assert [entry.fold for entry in entries] == [3, 9, 10, 1]
+    assert [entry.patient_id for entry in entries] == ["15709", "13243", None, "7"]
+    assert [entry.age for entry in entries] == [56, 90, None, 40]
+    assert [entry.sex for entry in entries] == ["female", "male", "female", "female"]
+
+
+def test_ptbxl_counts_of_a_complete_download(ptbxl):
+    statements = pd.read_csv(ptbxl / "scp_statements.csv", index_col=0).index
+    table = pd.read_csv(ptbxl / "ptbxl_database.csv").iloc[:1]
+    table["scp_codes"] = repr(dict.fromkeys(statements, 0.0))
+    table.to_csv(ptbxl / "ptbxl_database.csv", index=False)
+    dataset = open_dataset("ptbxl", ptbxl)
+    counts = {task: len(dataset.label_names(task)) for task in dataset.tasks}
+    assert counts == {"all": 71, "diag": 44, "diag_subclass": 23, "diag_superclass": 5, "form": 19, "rhythm": 12}
+
+
+def test_ptbxl_takes_the_low_rate_where_the_high_one_is_missing(ptbxl):
+    for kind, record in (("lr", 1), ("lr", 2), ("hr", 2)):
+        path = ptbxl / ("records100" if kind == "lr" else "records500") / f"00000/0000{record}_{kind}.hea"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    sources = [entry.source for entry in open_dataset("ptbxl", ptbxl).entries()]
+    names = ("100/00000/00001_lr", "500/00000/00002_hr", "500/00000/00003_hr", "500/00000/00004_hr")
+    assert sources == [f"records{name}" for name in names]
+
+
+@pytest.mark.parametrize("codes", ["__import__('os').getcwd()", "['NORM']", "{'NORM': ", "", "{'NORM': open('x')}"])
+def test_ptbxl_runs_no_code_from_its_table(ptbxl, codes):
+    table = pd.read_csv(ptbxl / "ptbxl_database.csv")
+    table.loc[1, "scp_codes"] = codes
+    table.to_csv(ptbxl / "ptbxl_database.csv", index=False)
+    with pytest.raises(UserError, match="scp_codes of ecg_id 2 must be a dictionary"):
+        open_dataset("ptbxl", ptbxl).entries()
+
+
+def test_ptbxl_without_its_tables(ptbxl):
+    (ptbxl / "scp_statements.csv").unlink()
+    with pytest.raises(UserError, match=r"no scp_statements\.csv"):
+        open_dataset("ptbxl", ptbxl).entries()
+    (ptbxl / "ptbxl_database.csv").unlink()
+    with pytest.raises(UserError, match=r"neither ptbxl_database\.csv nor ptbxl_labels\.csv"):
+        open_dataset("ptbxl", ptbxl)
+
+
+def test_ptbxl_with_its_label_table_instead(shared_data):
+    dataset = open_dataset("auto", shared_data / "ptbxl")
+    entries = {entry.record_id: entry for entry in dataset.entries()}
+    assert len(entries) == 78
+    assert entries["172"].labels == {
+        "all": ("CRBBB", "LAFB/LPFB", "SR"),
+        "diag": ("CRBBB", "LAFB/LPFB"),
+        "diag_subclass": ("CRBBB", "LAFB/LPFB"),
+        "diag_superclass": ("CD",),
+        "form": (),
+        "rhythm": ("SR",),
+    }
+    assert (entries["43"].patient_id, entries["43"].fold, entries["43"].sex) == ("11315", 8, "female")
+    assert dataset.label_names("diag_superclass") == ("CD", "HYP", "MI", "NORM", "STTC")
+    assert all(entry.path.is_file() for entry in entries.values())
+
+
+def test_challenge_labels_are_as_indexed(shared_data):
+    with open(shared_data / "index.csv", encoding="utf-8") as file:
+        rows = {row["record"]: row for row in csv.DictReader(file) if row["source"].startswith("cinc2021")}
+    labels = labels_of(open_dataset("auto", shared_data / "cinc2021"), "all")
+    assert labels == {name: tuple(sorted(set(row["labels"].split(";")))) for name, row in rows.items()}
+
+
+def test_snomed_agrees_with_the_published_mapping(shared_data):
+    for table in ("scored", "unscored"):
+        rows = pd.read_csv(shared_data / f"cinc2021/dx_mapping_{table}.csv")
+        for row in rows.itertuples():
+            assert snomed()[str(row.SNOMEDCTCode)].abbreviation == row.Abbreviation
+
+
+@pytest.mark.parametrize("layout", ["training/{source}/g1/{name}.hea", "WFDBRecords/01/010/{name}.hea", "{name}.hea"])
+def test_one_folder_holds_many_sources(tmp_path, layout):
+    names = {
+        "chapman": ("JS00001", "JS10646"),
+        "ningbo": ("JS10647", "JS45551"),
+        "cpsc": ("A0001",),
+        "cpsc_extra": ("Q0001",),
+        "georgia": ("E00001",),
+        "ptb": ("S0001",),
+    }
+    for source, records in names.items():
+        for name in (*records, "HR00001"):
+            write_header(tmp_path / layout.format(source=source, name=name), ["426783006"], prefix="# ")
+    for source, records in names.items():
+        dataset = open_dataset(source, tmp_path)
+        assert [entry.record_id for entry in dataset.entries()] == list(records)
+        assert dataset.entries()[0].age == 50
+
+
+def test_chapman_rhythms_and_unknown_codes(tmp_path):
+    write_header(tmp_path / "JS00001.hea", ["164889003", "59118001", "164934002", "999"])
+    write_header(tmp_path / "JS00002.hea", ["Unknown"])
+    dataset = open_dataset("chapman", tmp_path)
+    assert labels_of(dataset, "all") == {"JS00001": ("999", "AF", "RBBB", "TAb"), "JS00002": ()}
+    assert labels_of(dataset, "rhythm") == {"JS00001": ("AF",), "JS00002": ()}
+
+
+def test_equal_names_in_two_folders(tmp_path):
+    for folder in ("a", "b"):
+        write_header(tmp_path / folder / "A0001.hea", ["426783006"])
+    assert [entry.record_id for entry in open_dataset("auto", tmp_path).entries()] == ["a/A0001", "b/A0001"]
+
+
+def test_a_folder_of_another_source(tmp_path):
+    write_header(tmp_path / "JS00001.hea", [])
+    with pytest.raises(UserError, match=r"georgia: no records \(E00001 onwards\)"):
+        open_dataset("georgia", tmp_path).entries()
+
+
+@pytest.fixture
+def hefei(tmp_path):
+    signal = np.random.default_rng(0).integers(-500, 500, (5000, 8))
+    for number, folder in enumerate(("hf_round1_train/train", "hf_round2_train")):
+        (tmp_path / folder).mkdir(parents=True)
+        np.savetxt(tmp_path / folder / "1.txt", signal + number, "%d", header="I II V1 V2 V3 V4 V5 V6", comments="")
+    (tmp_path / "hf_round1_arrythmia.txt").write_text("窦性心律\nQRS低电压\n", encoding="utf-8")
+    table = "1.txt\t83\tFEMALE\tQRS低电压\t窦性心律\t\n2.txt\t\t\t窦性心律\n"
+    (tmp_path / "hf_round1_label.txt").write_text(table, encoding="utf-8")
+    (tmp_path / "hf_round2_label.txt").write_text("1.txt\t40\tMALE\t窦性心律\n", encoding="utf-8")
+    return tmp_path, signal
+
+
+def test_hefei(hefei):
+    folder, signal = hefei
+    dataset = open_dataset("auto", folder)
+    assert dataset.name == "hefei"
+    entries = dataset.entries()
+    assert [entry.record_id for entry in entries] == ["hf_round1/1", "hf_round1/2", "hf_round2/1"]
+    assert [(entry.age, entry.sex) for entry in entries] == [(83, "female"), (None, None), (40, "male")]
+    assert entries[0].labels["all"] == ("QRS低电压", "窦性心律")
+    for entry, shift in ((entries[0], 0), (entries[2], 1)):
+        leads, present = dataset.read(entry).standard_leads()
+        expected = (signal.T + shift) * 0.00488
+        assert present.all()
+        np.testing.assert_allclose(leads[[0, 1, *range(6, 12)]], expected, atol=1e-5)
+        np.testing.assert_allclose(leads[2], expected[1] - expected[0], atol=1e-5)
+        np.testing.assert_allclose(leads[3], -(expected[0] + expected[1]) / 2, atol=1e-5)
+
+
+def test_hefei_findings_outside_of_the_list(hefei):
+    folder, _ = hefei
+    (folder / "hf_round2_label.txt").write_text("1.txt\t40\tMALE\tx\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"hf_round2_label\.txt, line 1: x is in no list"):
+        open_dataset("hefei", folder).entries()
+
+
+def test_csv(tmp_path):
+    (tmp_path / "labels.csv").write_text(
+        "filename,patient_id,fold,age,sex,AF,SR,ef,note\n"
+        "a.npy,7,1,50,F,1,0,55.5,x\n"
+        "sub/b,7,1,,M,,True,,y\n"
+        "missing.npy,8,10,40,,0,0,60,z\n"
+    )
+    (tmp_path / "sub").mkdir()
+    np.save(tmp_path / "a.npy", np.zeros((12, 500)))
+    np.save(tmp_path / "sub/b.npy", np.zeros((12, 500)))
+    dataset = open_dataset("auto", tmp_path)
+    assert (dataset.name, dataset.tasks) == ("csv", ("all", "ef"))
+    assert [dataset.problem_of(task) for task in dataset.tasks] == ["multilabel", "regression"]
+    entries = dataset.entries()
+    assert [entry.labels["all"] for entry in entries] == [("AF",), ("SR",), ()]
+    assert [entry.values.get("ef") for entry in entries] == [55.5, None, 60]
+    assert [entry.path.is_file() for entry in entries] == [True, True, False]
+    assert [(entry.patient_id, entry.fold, entry.age, entry.sex) for entry in entries] == [
+        ("7", 1, 50, "female"),
+        ("7", 1, None, "male"),
+        ("8", 10, 40, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("name,AF\na,1\n", "must have a column filename, got name, AF"),
+        ("filename,AF\na,1\na,0\n", "record a occurs twice"),
+        ("filename,fold\na,11\n", "fold in .* must be 1 to 10, got 11"),
+        ("", "cannot be read"),
+    ],
+)
+def test_csv_mistakes(tmp_path, table, message):
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(UserError, match=message):
+        open_dataset("csv", tmp_path).entries()
+
+
+def test_folder_takes_what_can_be_read(tmp_path):
+    for name in ("b/x.npy", "a.npy", "r.hea", "r.mat", "r.dat", "lone.mat", ".hidden.npy", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ecg.txt").write_text("I II\n0 0\n")
+    (tmp_path / "LICENSE.txt").write_text("No ECG\n")
+    entries = open_dataset("auto", tmp_path).entries()
+    assert [entry.source for entry in entries] == ["a.npy", "ecg.txt", "lone.mat", "r.hea", "b/x.npy"]
+    assert [entry.record_id for entry in entries] == ["a", "ecg", "lone", "r", "b/x"]
+
+
+def test_unknown_names(tmp_path, shared_data):
+    with pytest.raises(UserError, match=r"unknown data set 'ptb-xl'; known: ptbxl, .*georgia"):
+        open_dataset("ptb-xl", tmp_path)
+    with pytest.raises(UserError, match=r"no folder .*nowhere: .*--data_path"):
+        open_dataset("auto", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no recordings in .*looked for \.hea, \.npy"):
+        open_dataset("auto", tmp_path).entries()
+    with pytest.raises(UserError, match=r"ptbxl has no task 'rythm'; its tasks: all, diag, .*rhythm"):
+        open_dataset("ptbxl", shared_data / "ptbxl").label_names("rythm")
+
+
+def test_default_data_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HUBERT_ECG_DATA", raising=False)
+    with pytest.raises(UserError, match=r"not found: looked at .*data/ptbxl; give its folder with --data_path, or"):
+        default_data_path("ptbxl")
+    (tmp_path / "data/ptbxl").mkdir(parents=True)
+    assert default_data_path("ptbxl").samefile(tmp_path / "data/ptbxl")
+    monkeypatch.setenv("HUBERT_ECG_DATA", str(tmp_path / "elsewhere"))
+    assert default_data_path("ptbxl").samefile(tmp_path / "data/ptbxl")
+    (tmp_path / "elsewhere/ptbxl").mkdir(parents=True)
+    assert default_data_path("ptbxl") == tmp_path / "elsewhere/ptbxl"
+
+
+def test_every_data_set_is_described():
+    for name, dataset in DATASETS.items():
+        assert dataset.name == name
+        assert dataset.__doc__
+
+
+def test_folds_keep_patients_together_and_labels_apart():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(["A", "B", "C"], 2000)
+    entries = [Entry(f"{k}", patient_id=f"p{k // 2}", labels={"all": (label,)}) for k, label in enumerate(labels)]
+    folds = assign_folds(entries, "all")
+    assert folds == assign_folds(entries, "all")
+    assert folds != assign_folds(entries, "all", seed=1)
+    by_patient = collections.defaultdict(set)
+    for entry, fold in zip(entries, folds, strict=True):
+        by_patient[entry.patient_id].add(fold)
+    assert {len(of_patient) for of_patient in by_patient.values()} == {1}
+    assert collections.Counter(folds).keys() == set(range(1, 11))
+    assert min(collections.Counter(folds).values()) >= 190
+    rare = [Entry(f"r{k}", labels={"all": ("R",) if k % 50 == 0 else ()}) for k in range(1000)]
+    spread = collections.Counter(f for e, f in zip(rare, assign_folds(rare, "all"), strict=True) if e.labels["all"])
+    assert set(spread.values()) == {2}
+
+
+def test_folds_of_few_records_and_official_ones():
+    entries = [Entry(f"{k}") for k in range(3)]
+    assert sorted(assign_folds(entries)) == [1, 9, 10]
+    entries = [Entry("a", patient_id="p", fold=4), Entry("b", patient_id="p"), Entry("c", patient_id="q")]
+    assert assign_folds(entries)[:2] == [4, 4]

@@ -1,0 +1,283 @@
+"""Masks and the masked-prediction loss, against their definitions in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, draw_mask
+
+CONFIG = dataclasses.replace(
+    HubertECGConfig.preset("tiny"),
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=48,
+    conv_dim=(16,) * 5,
+    classifier_proj_size=24,
+)
+
+
+def _runs(row: list[int]) -> list[int]:
+    """Lengths of the runs of consecutive indices."""
+    lengths = [1]
+    for before, after in itertools.pairwise(row):
+        if after == before + 1:
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+    return lengths
+
+
+@pytest.mark.parametrize(("prob", "count"), [(0.33, 31), (0.15, 14), (0.2, 19), (0.5, 47), (1.0, 93), (0.001, 2)])
+@pytest.mark.parametrize("length", [1, 4, 93, 200])
+def test_every_record_has_the_same_number_of_masked_tokens(prob, count, length):
+    mask = draw_mask(64, 93, prob, length)
+    assert mask.shape == (64, count)
+    assert mask.dtype == torch.int64
+    assert mask.min() >= 0
+    assert mask.max() < 93
+    assert (mask.diff(dim=1) > 0).all()
+
+
+def test_tokens_are_masked_with_equal_chance_and_records_differ():
+    mask = draw_mask(20_000, 93, 0.33, generator=torch.Generator().manual_seed(0))
+    share = torch.zeros(20_000, 93).scatter_(1, mask, 1.0).mean(0)
+    # five standard deviations of a share over 20,000 draws
+    assert (share - 31 / 93).abs().max() < 5 * (1 / 3 * 2 / 3 / 20_000) ** 0.5
+    assert len({tuple(row) for row in mask[:1000].tolist()}) == 1000
+
+
+def test_spans_are_whole_except_one():
+    mask = draw_mask(500, 93, 0.33, 5, generator=torch.Generator().manual_seed(1))
+    cut = [sum(run < 5 for run in _runs(row)) for row in mask.tolist()]
+    assert max(cut) <= 1
+    assert max(max(_runs(row)) for row in mask.tolist()) > 5
+
+
+def test_the_generator_decides():
+    first, second = (draw_mask(8, 93, 0.33, 3, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, draw_mask(8, 93, 0.33, 3, generator=torch.Generator().manual_seed(8)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spans=st.lists(
+        st.lists(st.tuples(st.booleans(), st.integers(1, 20)), min_size=1, max_size=8), min_size=1, max_size=4
+    ),
+    prob=st.floats(0.01, 1.0),
+    length=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_valid_tokens_are_masked_in_their_share_and_the_rest_points_at_padding(spans, prob, length, seed):
+    rows = [[flag for flag, count in record for _ in range(count)] for record in spans]
+    width = max(map(len, rows))
+    valid = torch.tensor([row + [False] * (width - len(row)) for row in rows])
+    mask = draw_mask(len(rows), width, prob, length, valid, torch.Generator().manual_seed(seed))
+    assert (mask.diff(dim=1) > 0).all()
+    assert mask.shape[1] == min(width, max(2, int(prob * width + 0.5)))
+    masked_valid = valid.gather(1, mask).sum(1)
+    wanted = [min(n, max(2, int(prob * n + 0.5))) for n in valid.sum(1).tolist()]
+    assert masked_valid.tolist() == wanted
+
+
+def test_without_padding_valid_changes_nothing_but_the_draw():
+    mask = draw_mask(50, 93, 0.33, 4, valid=torch.ones(50, 93, dtype=torch.bool))
+    assert mask.shape == (50, 31)
+    assert max(sum(run < 4 for run in _runs(row)) for row in mask.tolist()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask_prob": 0.0}, "mask_prob must be above 0"),
+        ({"mask_prob": 1.5}, "at most 1, got 1.5"),
+        ({"mask_prob": 0.3, "mask_length": 0}, "mask_length must be at least 1"),
+        ({"mask_prob": 0.3, "valid": torch.ones(2, 9, dtype=torch.bool)}, r"valid must be \[2, 10\] bool"),
+        ({"mask_prob": 0.3, "valid": torch.ones(2, 10)}, r"valid must be \[2, 10\] bool"),
+    ],
+)
+def test_wrong_mask_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw_mask(2, 10, **arguments)
+
+
+def _broadcast_loss(model, states, labels, mask, alpha):
+    """The published form: every token against every entry in a 4-D cosine, then the loss on a boolean index."""
+    masked = torch.zeros(states.shape[:2], dtype=torch.bool).scatter(1, mask, True)
+    total, right = 0.0, []
+    for project, codebook, target in zip(model.final_proj, model.label_embedding, labels, strict=True):
+        logits = torch.cosine_similarity(project(states).unsqueeze(2), codebook.weight[None, None], dim=-1) / 0.1
+        part = F.cross_entropy(logits[masked], target[masked])
+        if alpha < 1:
+            part = alpha * part + (1 - alpha) * F.cross_entropy(logits[~masked], target[~masked])
+        total = total + part
+        right.append((logits[masked].argmax(-1) == target[masked]).double().mean())
+    return total, torch.stack(right).mean()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("vocab_sizes", [[100], [17, 300]])
+def test_loss_and_gradients_equal_the_broadcast_cosine(vocab_sizes, alpha):
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=vocab_sizes)).double().eval()
+    ecg = torch.randn(3, 12, 500, dtype=torch.float64)
+    mask = draw_mask(3, 93, 0.33)
+    labels = torch.stack([torch.randint(0, size, (3, 93)) for size in vocab_sizes])
+    output = model(ecg, labels, mask, alpha=alpha)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected, accuracy = _broadcast_loss(model, model.encode(ecg, None, mask).last_hidden_state, labels, mask, alpha)
+    expected.backward()
+    torch.testing.assert_close(output.loss, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(output.accuracy.double(), accuracy, atol=1e-6, rtol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-10, rtol=1e-7, msg=name)
+    if alpha == 1:
+        assert output.unmasked_loss is None
+    else:
+        torch.testing.assert_close(alpha * output.masked_loss + (1 - alpha) * output.unmasked_loss, output.loss)
+
+
+def test_float32_loss_is_close_to_float64():
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=[1000])).eval()
+    ecg, mask, labels = torch.randn(4, 6000), draw_mask(4, 93, 0.33), torch.randint(0, 1000, (4, 93))
+    single = model(ecg, labels, mask).loss
+    double = model.double()(ecg.double(), labels, mask).loss
+    torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0)
+
+
+def test_logits_come_only_on_request_and_are_cosines():
+    model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=[5, 7])).eval()
+    ecg = torch.randn(2, 6000)
+    assert model(ecg).logits is None
+    logits = model(ecg, output_logits=True).logits
+    assert [tuple(part.shape) for part in logits] == [(2, 93, 5), (2, 93, 7)]
+    assert max(part.abs().max() for part in logits) <= 10.001
+
+
+def test_ignored_labels_leave_the_loss():
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(CONFIG).eval()
+    ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    some = labels.clone()
+    some[0] = -100
+    torch.testing.assert_close(
+        model(ecg, some, mask).loss, model(ecg[1:], labels[1:], mask[1:]).loss, atol=1e-5, rtol=0
+    )
+
+
+def test_autocast_keeps_the_cosine_in_float32():
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(CONFIG).eval()
+    ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    exact = model(ecg, labels, mask).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ecg, labels, mask, output_logits=True)
+    assert output.logits[0].dtype == output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, exact, atol=0.05, rtol=0)
+
+
+def test_codebooks_change_between_iterations():
+    model = HubertECGForPretraining(CONFIG)
+    projection = model.final_proj[0].weight.detach().clone()
+    model.resize_codebooks([500, 30])
+    assert model.config.vocab_sizes == [500, 30]
+    assert model.config.to_dict()["ensemble_length"] == 2
+    torch.testing.assert_close(model.final_proj[0].weight, projection)
+    labels = torch.stack([torch.randint(0, 500, (2, 93)), torch.randint(0, 30, (2, 93))])
+    model(torch.randn(2, 6000), labels, draw_mask(2, 93, 0.33)).loss.backward()
+    assert model.label_embedding[0].weight.grad.shape == (500, 24)
+    model.resize_codebooks([9])
+    assert len(model.final_proj) == len(model.label_embedding) == 1
+    reloaded = HubertECGForPretraining(model.config)
+    reloaded.load_state_dict(model.state_dict())
+
+
+def test_layerdrop_is_drawn_by_the_host_generator_and_only_in_training():
+    model = HubertECGForPretraining(dataclasses.replace(CONFIG, num_hidden_layers=12, layerdrop=0.5))
+    ran = []
+    for index, layer in enumerate(model.encoder.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    ecg = torch.randn(1, 6000)
+
+    def layers_run() -> tuple[int, ...]:
+        ran.clear()
+        model(ecg)
+        return tuple(ran)
+
+    torch.manual_seed(1)
+    first = [layers_run() for _ in range(20)]
+    torch.manual_seed(1)
+    assert [layers_run() for _ in range(20)] == first
+    assert 0.3 < sum(map(len, first)) / (20 * 12) < 0.7
+    model.eval()
+    assert all(layers_run() == tuple(range(12)) for _ in range(5))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(CONFIG)
+    ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    gradients = []
+    for flag in (False, True):
+        model.encoder.gradient_checkpointing = flag
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(ecg, labels, mask).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=0, rtol=0, msg=name)
+
+
+def test_it_learns_clusters_that_follow_from_the_signal():
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, vocab_sizes=[3], hidden_dropout=0.0, num_hidden_layers=1)
+    model = HubertECGForPretraining(config)
+    labels = torch.randint(0, 3, (4, 93))
+    ecg = torch.randn(4, 6000) * 0.1
+    ecg[:, : 93 * 64] += labels.repeat_interleave(64, dim=1) * torch.randn(93 * 64)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(ecg, labels, draw_mask(4, 93, 0.15), alpha=0.0).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+
+
+def test_one_graph_without_breaks():
+    """Compiled as one graph, padding and loss included, the numbers are the same; no tensor steers Python."""
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(CONFIG).eval()
+    ecg, labels = torch.randn(2, 12, 500), torch.randint(0, 100, (2, 93))
+    lengths = torch.tensor([500, 300])
+    mask = draw_mask(2, 93, 0.33)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(ecg, labels, mask, lengths).loss, model(ecg, labels, mask, lengths).loss, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "mask", "message"),
+    [
+        (torch.zeros(2, 92), draw_mask(2, 93, 0.3), r"labels must be \[1, 2, 93\]"),
+        (torch.zeros(2, 2, 93), draw_mask(2, 93, 0.3), r"labels must be \[1, 2, 93\]"),
+        (torch.zeros(2, 93), None, "mask_indices must come with labels"),
+        (torch.zeros(2, 93), draw_mask(3, 93, 0.3), r"mask_indices must be \[2, M\]"),
+    ],
+)
+def test_wrong_labels_are_named(labels, mask, message):
+    with pytest.raises(ValueError, match=message):
+        HubertECGForPretraining(CONFIG)(torch.zeros(2, 6000), labels, mask)

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hubert_ecg.data import Store
+from hubert_ecg.data.build import build
+from hubert_ecg.data.synthetic import Cohort
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Store:
+    """A packed store of 40 generated records, with labels and all ten folds."""
+    return build(Cohort(num_records=40, seed=3), tmp_path_factory.mktemp("cohort") / "store")
+
+
+@pytest.fixture(scope="session")
+def cohort_path(cohort) -> Path:
+    return cohort.path

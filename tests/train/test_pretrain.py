@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hubert_ecg import clustering, features, train
+from hubert_ecg.config import PretrainConfig, UserError, to_json
+from hubert_ecg.data import Loader
+from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file
+from hubert_ecg.train import checkpoint
+from hubert_ecg.train.loop import Interrupted
+from hubert_ecg.train.pretrain import MaskedPrediction, effective_number, keyed_generator, model_config
+from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans, token_features
+
+CPU = torch.device("cpu")
+
+
+def settings(folder: Path, data_path: Path, **fields) -> PretrainConfig:
+    defaults = {
+        "size": "tiny",
+        "batch_size": 5,
+        "max_steps": 12,
+        "validate_every": 4,
+        "checkpoint_every": 3,
+        "log_every": 2,
+        "learning_rate": 1e-3,
+        "mask_prob": 0.33,
+        "num_clusters": 8,
+        "layerdrop": 0.3,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    return PretrainConfig(**{"data_path": data_path, "output_dir": folder, **defaults, **fields})
+
+
+def rows(folder: Path) -> list[str]:
+    """The log without its last column, the speed."""
+    return [line.rsplit(",", 1)[0] for line in (folder / "hubert_ecg" / "metrics.csv").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = (checkpoint.load(run / "hubert_ecg" / "checkpoint.safetensors") for run in (a, b))
+    assert first["progress"] == second["progress"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for name, moments in first["optimiser"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, second["optimiser"][name][key]), f"{name} {key}"
+    best, again = (load_file(run / "hubert_ecg.pt")[0].state_dict() for run in (a, b))
+    for name, value in best.items():
+        assert torch.equal(value, again[name]), name
+    assert rows(a) == rows(b)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, cohort_path):
+    """A run that goes through."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train.pretrain(settings(folder, cohort_path))
+
+
+def test_the_output_is_complete(straight, cohort):
+    folder, result = straight
+    assert result["model"] == folder / "hubert_ecg.pt"
+    assert result["step"] == 12
+    model, extra = load_file(result["model"])
+    assert isinstance(model, HubertECGForPretraining)
+    assert model.config.vocab_sizes == [8]
+    assert model.config.compat == "corrected"
+    assert extra["preprocessing"] == {"downsampling_factor": 5, "compat": "corrected"}
+    encoder = HubertECG.from_pretrained(result["folder"])
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    HubertECGForPretraining.from_pretrained(result["folder"] / "last")
+    clusters = json.loads(result["clusters"].read_text())
+    assert sum(clusters["counts"]) == clusters["num_tokens"] == 93 * len(cohort.split("train"))
+    assert len(clusters["counts"]) == 8
+    assert all(np.isfinite(value) for value in clusters["scores"].values())
+    kmeans = clustering.KMeans.load(result["kmeans"])
+    saved = checkpoint.load(result["folder"] / "checkpoint.safetensors")
+    again = clustering.KMeans.from_state(saved["objective"]["kmeans"])
+    np.testing.assert_array_equal(np.asarray(kmeans.cluster_centers_), np.asarray(again.cluster_centers_))
+    assert (saved["epoch"], saved["position"]) == divmod(12, -(-len(cohort.split("train")) // 5))
+    assert saved["config"] == to_json(settings(folder, cohort.path))
+    with result["metrics_csv"].open() as file:
+        table = list(csv.DictReader(file))
+    assert table[0].keys() >= {"step", "epoch", "split", "loss", "masked_loss", "unmasked_loss", "accuracy", "lr"}
+    validation = [row for row in table if row["split"] == "validation"]
+    assert [int(row["step"]) for row in validation] == [4, 8, 12]
+    losses = [float(row["loss"]) for row in validation]
+    assert losses[-1] < losses[0]
+    assert result["metrics"]["loss"] == min(losses)
+
+
+@pytest.mark.parametrize("stop", [5, 8])
+def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, cohort_path, monkeypatch, stop):
+    loss = MaskedPrediction.loss
+
+    def stopping(self, batch, step, micro):
+        if step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, batch, step, micro)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedPrediction, "loss", stopping)
+        with pytest.raises(Interrupted, match="143"):
+            train.pretrain(settings(tmp_path, cohort_path))
+    # k-means comes from the checkpoint.
+    monkeypatch.setattr("hubert_ecg.train.pretrain.fit_kmeans", None)
+    train.pretrain(settings(tmp_path, cohort_path, resume=True))
+    assert_same_run(tmp_path, straight[0])
+
+
+_SCRIPT = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(int(sys.argv[3]))
+sys.path.insert(0, sys.argv[4])
+from test_pretrain import settings
+from hubert_ecg import train
+train.pretrain(settings(Path(sys.argv[1]), Path(sys.argv[2]), resume=True))
+"""
+
+
+def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(straight, tmp_path, cohort_path):
+    saved = tmp_path / "hubert_ecg" / "checkpoint.safetensors"
+    wait = random.Random().uniform(0.0, 1.0)
+    arguments = [str(tmp_path), str(cohort_path), str(torch.get_num_threads()), str(Path(__file__).parent)]
+    with subprocess.Popen([sys.executable, "-c", _SCRIPT, *arguments], stdout=subprocess.DEVNULL) as process:
+        while not saved.is_file() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.kill()
+    assert saved.is_file()
+    train.pretrain(settings(tmp_path, cohort_path, resume=True))
+    assert_same_run(tmp_path, straight[0])
+
+
+def test_clusters_are_those_of_the_fitted_features(cohort, tmp_path):
+    config = settings(tmp_path, cohort.path)
+    shape = model_config(config)
+    records = cohort.split("train")
+    kmeans, quality = fit_kmeans(cohort, records, config, shape, CPU)
+    x = token_features(cohort, records, config, shape, CPU)
+    labels = PseudoLabels(kmeans, "mfcc", "corrected", 100.0)
+    (batch,) = Loader(cohort, records, len(records), crop="first", num_workers=0).batches(0)
+    online = labels(batch.ecg)
+    assert online.shape == (len(records), 93)
+    assert online.dtype == torch.int64
+    np.testing.assert_array_equal(online.numpy().reshape(-1), np.asarray(kmeans.predict(x)))
+    assert np.bincount(online.flatten(), minlength=8).tolist() == quality["counts"]
+    # In a half-precision step the labels are the same.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(labels(batch.ecg), online)
+
+
+def test_padding_is_not_clustered(cohort, tmp_path):
+    config = settings(tmp_path, cohort.path, crop_s=12.0)
+    x = token_features(cohort, np.arange(3), config, model_config(config), CPU)
+    # 10 of 12 s: 5/6 of the 224 tokens of 12 x 1200 samples, give or take one where two leads meet.
+    assert abs(len(x) / 3 - 224 * 5 / 6) <= 12
+    assert np.isfinite(x).all()
+
+
+def test_masks_depend_on_seed_and_step_alone():
+    def draw(*key):
+        return torch.rand(4, generator=keyed_generator(*key, device=CPU)).tolist()
+
+    assert draw(0, 0, 3, 0) == draw(0, 0, 3, 0)
+    different = [draw(0, 0, 3, 0), draw(1, 0, 3, 0), draw(0, 1, 3, 0), draw(0, 0, 4, 0), draw(0, 0, 3, 1)]
+    assert len({tuple(numbers) for numbers in different}) == 5
+
+
+def test_validation_is_masked_and_always_the_same(cohort, tmp_path):
+    config = settings(tmp_path, cohort.path, alpha=0.75)
+    shape = model_config(config)
+    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
+    torch.manual_seed(0)
+    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    objective.model.eval()
+    masks = []
+    objective.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["mask_indices"].clone()), with_kwargs=True
+    )
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first, second = objective.validate(lambda: None), objective.validate(lambda: None)
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert masks[0].shape[1] == round(0.33 * 93)
+    assert first["loss"] == pytest.approx(0.75 * first["masked_loss"] + 0.25 * first["unmasked_loss"])
+    # Predictions of an untrained model are near chance.
+    assert 1.0 < first["masked_loss"] < 4.0
+    assert 1 <= first["predicted_clusters"] <= 8
+
+
+def test_the_number_of_clusters_in_use():
+    assert effective_number(np.array([7, 0, 0])) == 1
+    assert effective_number(np.array([3, 3, 3, 3])) == 4
+    assert 1 < effective_number(np.array([100, 1])) < 1.1
+    assert effective_number(np.zeros(4, dtype=int)) == 1
+
+
+def test_flags_shape_the_model(tmp_path):
+    shape = model_config(settings(tmp_path, tmp_path, dropout=0.2, layerdrop=None, downsampling_factor=10))
+    assert (shape.hidden_dropout, shape.attention_dropout, shape.activation_dropout) == (0.2, 0.2, 0.2)
+    assert shape.layerdrop == HubertECGConfig.preset("tiny").layerdrop
+    assert shape.sampling_rate_hz == 50
+    assert shape.conv_stride == (4, 2, 2, 2)
+
+
+def test_a_given_kmeans_model_sets_the_number_of_clusters(cohort, tmp_path):
+    x = features.extract(torch.from_numpy(cohort.gather(np.arange(8), None, 500)[0]), "time_freq").flatten(0, 1).numpy()
+    path = tmp_path / "kmeans.safetensors"
+    clustering.KMeans(5, random_state=0).fit(x).save(path)
+    fields = {"kmeans_path": path, "feature_type": "time_freq", "max_steps": 1}
+    result = train.pretrain(settings(tmp_path, cohort.path, **fields))
+    assert load_file(result["model"])[0].config.vocab_sizes == [5]
+    with pytest.raises(UserError, match="kmeans_path must be a model for 39 features"):
+        train.pretrain(settings(tmp_path, cohort.path, kmeans_path=path))
+
+
+@pytest.mark.parametrize("feature_type", ["time_freq", "mixed"])
+def test_published_features_and_other_types_train_too(cohort, tmp_path, feature_type):
+    from hubert_ecg.data.build import Settings, build
+    from hubert_ecg.data.synthetic import Cohort
+
+    published = build(Cohort(num_records=12, seed=1), tmp_path / "store", Settings(5, "published"))
+    fields = {"compat": "published", "feature_type": feature_type, "max_steps": 2, "alpha": 0.5}
+    result = train.pretrain(settings(tmp_path, published.path, **fields))
+    model, extra = load_file(result["model"])
+    assert extra["preprocessing"]["compat"] == model.config.compat == "published"
+    with result["metrics_csv"].open() as file:
+        (step, validation) = csv.DictReader(file)
+    assert float(step["loss"]) == pytest.approx(
+        (float(step["masked_loss"]) + float(step["unmasked_loss"])) / 2, rel=1e-4
+    )
+    assert float(validation["unmasked_loss"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data_path": Path("/nowhere/at/all")}, "/nowhere/at/all"),
+        ({"num_clusters": 100_000}, "num_clusters must be at most the number of tokens"),
+        ({"downsampling_factor": 4}, "downsampling_factor"),
+        ({"device": "cuda:77"}, "device: "),
+        ({"compat": "published", "crop_s": 10.0}, "crop_s must be 5"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_clear_line(tmp_path, cohort_path, fields, message):
+    with pytest.raises(UserError, match=message) as failed:
+        train.pretrain(settings(tmp_path, cohort_path, **fields))
+    assert "\n" not in str(failed.value)

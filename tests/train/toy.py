@@ -1,0 +1,103 @@
+"""A model small enough to be stepped a hundred times in a second, with dropout so that random states matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hubert_ecg.config import FinetuneConfig
+from hubert_ecg.train.checkpoint import replacing
+from hubert_ecg.train.loop import Loop, Objective
+
+NUM_RECORDS, NUM_INPUTS = 22, 6
+
+
+@dataclasses.dataclass
+class ToyBatch:
+    x: torch.Tensor
+    y: torch.Tensor
+    index: np.ndarray
+
+
+class ToyBatches:
+    """Order is a pure function of the epoch, as the loader's is."""
+
+    def __init__(self, batch_size: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(NUM_RECORDS, NUM_INPUTS, generator=generator)
+        self.y = self.x.sum(1, keepdim=True) + 0.1 * torch.randn(NUM_RECORDS, 1, generator=generator)
+        self.batch_size = batch_size
+
+    @property
+    def num_batches(self) -> int:
+        return -(-NUM_RECORDS // self.batch_size)
+
+    def batches(self, epoch, start=0):
+        order = np.random.default_rng([5, epoch]).permutation(NUM_RECORDS)
+        for k in range(start, self.num_batches):
+            index = order[k * self.batch_size : (k + 1) * self.batch_size]
+            yield ToyBatch(self.x[index], self.y[index], index)
+
+
+class ToyObjective(Objective):
+    metrics = ("error",)
+    higher_is_better = False
+
+    def __init__(self, folder: Path, dropout: float = 0.2, on_step=None, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(NUM_INPUTS, 16), nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, 1))
+        self.folder, self.on_step = folder, on_step
+        self.all = ToyBatches(NUM_RECORDS)
+
+    def loss(self, batch, step, micro):
+        if self.on_step is not None:
+            self.on_step(step, batch)
+        error = self.model(batch.x) - batch.y
+        return (error**2).mean(), {"error": error.abs().mean()}
+
+    def validate(self, poll):
+        poll()
+        error = self.model(self.all.x) - self.all.y
+        return {"loss": float((error**2).mean()), "error": float(error.abs().mean())}
+
+    def save_best(self):
+        with replacing(self.folder / "best.pt") as path:
+            torch.save(self.model.state_dict(), path)
+
+    def save_last(self):
+        torch.save(self.model.state_dict(), self.folder / "last.pt")
+
+
+def config(folder: Path, **fields) -> FinetuneConfig:
+    defaults = {"batch_size": 5, "num_epochs": 4, "learning_rate": 0.02, "log_every": 3, "checkpoint_every": 2}
+    return FinetuneConfig(
+        dataset="toy", task="all", pretrained_model="none", output_dir=folder, device="cpu", **{**defaults, **fields}
+    )
+
+
+def make_loop(folder: Path, *, on_step=None, dropout: float = 0.2, **fields) -> Loop:
+    settings = config(folder, **fields)
+    objective = ToyObjective(folder, dropout=dropout, on_step=on_step, seed=settings.seed)
+    return Loop(settings, objective, ToyBatches(settings.batch_size), folder=folder, device=torch.device("cpu"))
+
+
+def rows(folder: Path) -> list[str]:
+    """The log without its last column, the speed."""
+    return [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    # A slow run for a test to kill: prints each step as it begins.
+    torch.set_num_threads(1)
+
+    def report(step, batch):
+        print(step, flush=True)
+        time.sleep(float(sys.argv[2]))
+
+    make_loop(Path(sys.argv[1]), on_step=report, resume=True).run()
