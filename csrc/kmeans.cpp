@@ -5,10 +5,9 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <string>
 #include <vector>
+
+#include "isa.h"
 
 namespace hubert_ecg {
 namespace {
@@ -28,44 +27,11 @@ struct Kernels {
                      int64_t* counts);
 };
 
-#define HUBERT_ECG_ISA baseline
-#define HUBERT_ECG_TARGET
-#define HUBERT_ECG_BYTES 16
-#ifdef __aarch64__
-#define HUBERT_ECG_ROWS 12
-#else
-#define HUBERT_ECG_ROWS 6
-#endif
-#include "kmeans_simd.h"
+#define HUBERT_ECG_SIMD_FILE "kmeans_simd.h"
+#include "every_isa.h"
 
-#ifdef __x86_64__
-#define HUBERT_ECG_ISA avx2
-#define HUBERT_ECG_TARGET __attribute__((target("avx2,fma")))
-#define HUBERT_ECG_BYTES 32
-#define HUBERT_ECG_ROWS 6
-#include "kmeans_simd.h"
-
-#define HUBERT_ECG_ISA avx512
-#define HUBERT_ECG_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")))
-#define HUBERT_ECG_BYTES 64
-#define HUBERT_ECG_ROWS 12
-#include "kmeans_simd.h"
-#endif
-
-// The widest instruction set of this processor. HUBERT_ECG_ISA=baseline|avx2 asks for a narrower one, to compare.
 const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-#ifdef __x86_64__
-    const char* const wish = std::getenv("HUBERT_ECG_ISA");
-    const std::string most = wish ? wish : "avx512";
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-    if (has_avx512 && most == "avx512") return avx512::kernels;
-    if (has_avx2 && most != "baseline") return avx2::kernels;
-#endif
-    return baseline::kernels;
-  }();
+  static const Kernels& chosen = HUBERT_ECG_BEST(kernels);
   return chosen;
 }
 
@@ -107,8 +73,7 @@ int64_t group_size(int64_t dim, int lanes) {
 
 void assign_double(const Kernels& isa, const double* x, const double* centroids, int64_t n, int64_t num_k, int64_t dim,
                    int64_t* labels) {
-  const std::vector<double> packed =
-      pack_centroids<double>(centroids, num_k, dim, isa.rows, nullptr, double(INFINITY));
+  const std::vector<double> packed = pack_centroids<double>(centroids, num_k, dim, isa.rows, nullptr, double(INFINITY));
   const int64_t lanes = isa.double_lanes, tiles = (n + lanes - 1) / lanes;
   const int num_threads = int(std::min<int64_t>(omp_get_max_threads(), std::max<int64_t>(tiles, 1)));
   std::vector<double> scratch(num_threads * dim * lanes);
@@ -125,7 +90,8 @@ void assign_double(const Kernels& isa, const double* x, const double* centroids,
 // Scores in float32, then float64 for the points whose two lowest scores lie within the rounding error of a score.
 void assign_float(const Kernels& isa, const float* x, const float* centroids, int64_t n, int64_t num_k, int64_t dim,
                   int64_t* labels) {
-  // Distances do not change when everything moves by the centroids' mean, and scores then lose the least to cancellation.
+  // Distances do not change when everything moves by the centroids' mean, and scores then lose the least to
+  // cancellation.
   std::vector<float> shift(dim);
   for (int64_t d = 0; d < dim; ++d) {
     double sum = 0;
@@ -133,8 +99,7 @@ void assign_float(const Kernels& isa, const float* x, const float* centroids, in
     shift[d] = float(sum / double(num_k));
   }
   const std::vector<float> packed = pack_centroids<float>(centroids, num_k, dim, isa.rows, shift.data(), 0.0f);
-  const std::vector<double> exact =
-      pack_centroids<double>(centroids, num_k, dim, isa.rows, nullptr, double(INFINITY));
+  const std::vector<double> exact = pack_centroids<double>(centroids, num_k, dim, isa.rows, nullptr, double(INFINITY));
   const int64_t padded_k = round_up(num_k, isa.rows);
   std::vector<float> half(padded_k, INFINITY);
   double longest = 0;
@@ -147,15 +112,15 @@ void assign_float(const Kernels& isa, const float* x, const float* centroids, in
     half[k] = float(sum / 2);
     longest = std::max(longest, std::sqrt(sum));
   }
-  // Rounding error of a score by Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: each of the D steps
-  // of the sum and the roundings of x, c and |c|^2 / 2 cost at most u (|x| |c| + |c|^2 / 2). Two scores may each be off.
+  // Rounding error of a score by Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: each of the D
+  // steps of the sum and the roundings of x, c and |c|^2 / 2 cost at most u (|x| |c| + |c|^2 / 2). Two scores may each
+  // be off.
   const float slack = float(1.01 * 2 * (FLT_EPSILON / 2) * double(dim + 8) * longest);
   const float half_longest = float(longest / 2);
 
   const int64_t lanes = isa.lanes, group = group_size(dim, isa.lanes), num_groups = (n + group - 1) / group;
   // Centroids that share a pass over the points of a group: 16 KiB of them stay in the first-level cache.
-  const int64_t block_k =
-      round_up(std::max<int64_t>((16 << 10) / (dim * int64_t(sizeof(float)) + 1), 1), isa.rows);
+  const int64_t block_k = round_up(std::max<int64_t>((16 << 10) / (dim * int64_t(sizeof(float)) + 1), 1), isa.rows);
   const int num_threads = int(std::min<int64_t>(omp_get_max_threads(), std::max<int64_t>(num_groups, 1)));
   std::vector<float> tiles(num_threads * dim * group);
   std::vector<double> double_tiles(num_threads * dim * isa.double_lanes);

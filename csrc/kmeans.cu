@@ -6,9 +6,9 @@
 namespace hubert_ecg {
 namespace {
 
-constexpr int kPoints = 128;   // points of a block, one to a thread
-constexpr int kCentroids = 32; // centroids whose distances a thread holds in registers
-constexpr int kDims = 16;      // dimensions in shared memory at a time
+constexpr int kPoints = 128;    // points of a block, one to a thread
+constexpr int kCentroids = 32;  // centroids whose distances a thread holds in registers
+constexpr int kDims = 16;       // dimensions in shared memory at a time
 
 // The nearest centroid to one point in float64, as on the CPU.
 template <class T>
@@ -34,8 +34,8 @@ template <class T>
 __global__ void assign(const T* x, const T* centroids, int64_t* labels, int64_t n, int64_t num_k, int64_t dim) {
   // One column more than there are, so that the threads of a warp read different banks.
   HUBERT_ECG_SHARED(T, shared);
-  T* const points = shared;                             // [kPoints][kDims + 1]
-  T* const tile = shared + kPoints * (kDims + 1);       // [kDims][kCentroids]
+  T* const points = shared;                        // [kPoints][kDims + 1]
+  T* const tile = shared + kPoints * (kDims + 1);  // [kDims][kCentroids]
   const int64_t first = int64_t(blockIdx.x) * kPoints, i = first + threadIdx.x;
   T best = INFINITY, second = INFINITY;
   int64_t arg = 0;

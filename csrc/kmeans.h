@@ -3,14 +3,15 @@
 
 namespace hubert_ecg {
 
-// labels[i] = argmin_k |x[i] - centroids[k]|^2 in float64 arithmetic, the lowest k on a tie. A distance that is NaN never
-// wins; where none wins, the label is 0.
+// labels[i] = argmin_k |x[i] - centroids[k]|^2 in float64 arithmetic, the lowest k on a tie. A distance that is NaN
+// never wins; where none wins, the label is 0.
 //   x [N, D] and centroids [K, D], both float32 or both float64; labels [N] int64 (written)
 void kmeans_assign_cpu(Tensor x, Tensor centroids, Tensor labels);
 void kmeans_assign_cuda(Tensor x, Tensor centroids, Tensor labels, intptr_t stream);
 
-// sums[k] = sum of x[i] over the i with labels[i] = k, counts[k] = how many they are. A label outside 0..K-1 is left out.
-// The points are cut into P equal chunks whose sums are added in order: the result depends on P, not on the threads.
+// sums[k] = sum of x[i] over the i with labels[i] = k, counts[k] = how many they are. A label outside 0..K-1 is left
+// out. The points are cut into P equal chunks whose sums are added in order: the result depends on P, not on the
+// threads.
 //   x [N, D] float32 or float64; labels [N] int64; sums [K, D] float64 and counts [K] int64 (written);
 //   partial_sums [P, K, D] float64 and partial_counts [P, K] int64 (scratch)
 void kmeans_accumulate_cpu(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor partial_sums,
@@ -18,9 +19,7 @@ void kmeans_accumulate_cpu(Tensor x, Tensor labels, Tensor sums, Tensor counts, 
 void kmeans_accumulate_cuda(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor partial_sums,
                             Tensor partial_counts, intptr_t stream);
 
-inline bool is_points(Tensor x) {
-  return x.ndim() == 2 && (x.is<float>() || x.is<double>()) && x.contiguous();
-}
+inline bool is_points(Tensor x) { return x.ndim() == 2 && (x.is<float>() || x.is<double>()) && x.contiguous(); }
 
 inline void check_kmeans_assign(Tensor x, Tensor centroids, Tensor labels) {
   HUBERT_ECG_CHECK(is_points(x), "kmeans_assign: x must be a contiguous float32 or float64 [N, D], got ", x);

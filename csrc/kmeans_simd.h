@@ -1,8 +1,4 @@
-// The inner loops of kmeans.cpp for one instruction set. Included once for each, with
-//   HUBERT_ECG_ISA     the namespace,
-//   HUBERT_ECG_TARGET  the function attribute that switches the instructions on,
-//   HUBERT_ECG_BYTES   the width of a vector register,
-//   HUBERT_ECG_ROWS    how many centroids a register tile holds: 2 * ROWS + 4 registers are in use.
+// The inner loops of kmeans.cpp for one instruction set; every_isa.h includes them once for each.
 // Explicit vector types, because the tile has to stay in registers and the auto-vectorizer does not keep it there.
 namespace HUBERT_ECG_ISA {
 
@@ -15,7 +11,12 @@ typedef int64_t L __attribute__((vector_size(HUBERT_ECG_BYTES)));
 typedef double DU __attribute__((vector_size(HUBERT_ECG_BYTES), aligned(8), may_alias));
 typedef int64_t LU __attribute__((vector_size(HUBERT_ECG_BYTES), aligned(8), may_alias));
 
-constexpr int kRows = HUBERT_ECG_ROWS;
+// Centroids in a register tile: 2 * kRows + 4 vector registers are in use, out of 16 or 32.
+#if HUBERT_ECG_BYTES == 64 || defined(__aarch64__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
 constexpr int kF = HUBERT_ECG_BYTES / 4;
 constexpr int kD = HUBERT_ECG_BYTES / 8;
 
@@ -35,7 +36,8 @@ HUBERT_ECG_TARGET static void pack(const float* points, int64_t count, int64_t d
   *(FU*)squares = sum0, *(FU*)(squares + kF) = sum1;
 }
 
-// Takes the scores of kRows centroids, from number k on, into the lowest, the second lowest and the number of the lowest.
+// Takes the scores of kRows centroids, from number k on, into the lowest, the second lowest and the number of the
+// lowest.
 HUBERT_ECG_TARGET static inline __attribute__((always_inline)) void update(const F* scores, int64_t k, F& low, F& next,
                                                                            I& at) {
 #pragma GCC unroll 16
@@ -107,8 +109,8 @@ HUBERT_ECG_TARGET static void nearest(const double* x, int64_t dim, const double
 
 // Adds n points to the sums and counts of their clusters.
 template <class T>
-HUBERT_ECG_TARGET static void add(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k, double* sums,
-                                  int64_t* counts) {
+HUBERT_ECG_TARGET static void add(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k,
+                                  double* sums, int64_t* counts) {
   for (int64_t i = 0; i < n; ++i, x += dim) {
     const int64_t k = labels[i];
     if (k < 0 || k >= num_k) continue;
@@ -121,8 +123,3 @@ HUBERT_ECG_TARGET static void add(const T* x, const int64_t* labels, int64_t n, 
 const Kernels kernels = {kRows, 2 * kF, 2 * kD, pack, score, nearest, add<float>, add<double>};
 
 }  // namespace HUBERT_ECG_ISA
-
-#undef HUBERT_ECG_ISA
-#undef HUBERT_ECG_TARGET
-#undef HUBERT_ECG_BYTES
-#undef HUBERT_ECG_ROWS

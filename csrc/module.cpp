@@ -1,4 +1,5 @@
 // The table of contents of the native module: one line per op and device.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include "deltas.h"
@@ -22,6 +23,8 @@ struct type_caster<hubert_ecg::Tensor> {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
+  // For the calling thread.
+  m.def("set_num_threads", &omp_set_num_threads);
   m.def("mfcc_cpu", &hubert_ecg::mfcc_cpu, nogil);
   m.def("deltas_cpu", &hubert_ecg::deltas_cpu, nogil);
   m.def("time_freq_cpu", &hubert_ecg::time_freq_cpu, nogil);

@@ -32,8 +32,8 @@ class Command:
 
 COMMANDS = {
     "prepare": Command(configs.PrepareConfig, "data:prepare"),
-    "extract": Command(configs.ExtractConfig, "features.extraction:extract_features"),
-    "cluster": Command(configs.ClusterConfig, "clustering:cluster_features"),
+    "extract": Command(configs.ExtractConfig, "train:extract_features"),
+    "cluster": Command(configs.ClusterConfig, "train:cluster_features"),
     "pretrain": Command(configs.PretrainConfig, "train:pretrain"),
     "finetune": Command(configs.FinetuneConfig, "train:finetune"),
     "evaluate": Command(configs.EvaluateConfig, "train:evaluate"),
@@ -55,7 +55,8 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     from jsonargparse import ArgumentParser
 
     cls = COMMANDS[command].config
-    parser = ArgumentParser(prog=f"hubert-ecg {command}", description=COMMANDS[command].help, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=f"hubert-ecg {command}", description=COMMANDS[command].help, exit_on_error=False)
+    parser.allow_abbrev = False
     parser.add_argument("--config", action="config", help="YAML or JSON file with values for any of the flags.")
     parser.add_class_arguments(cls, as_group=False)
     try:

@@ -109,11 +109,13 @@ class ExtractConfig(DataConfig):
     Args:
         output_path: File to write: .pkl (plain containers and arrays) or .npz.
         feature_type: mfcc (39 numbers a token), time_freq (16) or mixed (29).
+        crop_s: Seconds of each record, from its beginning.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
     """
 
     output_path: Path = dataclasses.field(kw_only=True)
     feature_type: FeatureType = "mfcc"
+    crop_s: float = 5.0
     device: str = "auto"
 
 
@@ -262,7 +264,7 @@ class FinetuneConfig(TrainConfig, LabelledConfig):
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
         freeze_encoder: Train the head alone.
-        freeze_extractor: Keep the convolutional feature extractor as pretrained.
+        freeze_extractor: Keep the convolutional feature extractor as pretrained; one of random weights is trained.
         problem: Kind of task. auto takes the data set's.
         class_weights: Weigh positives by (N - n) / n in the loss.
         head: linear, or mlp with one hidden layer.

@@ -11,7 +11,7 @@ from torch.utils.dlpack import to_dlpack
 try:
     from hubert_ecg import _C
 except ImportError as error:  # a source tree that was never built: every op still has its reference
-    _C, why_missing = None, f"the native module is not built ({error})"
+    _C, why_missing = None, f"the native module is not built ({error})"  # type: ignore[assignment]
 else:
     why_missing = ""
 
@@ -21,15 +21,18 @@ def find(op: str, device: str) -> Callable[..., None] | None:
     entry = getattr(_C, f"{op}_{device}", None)
     if entry is None:
         return None
-    if device == "cpu":
-        return lambda *args: entry(*map(_view, args))
+
+    def on_cpu(*args: Any) -> None:
+        # torch's own setting: a loader's worker process, where torch runs one thread, must not start more.
+        _C.set_num_threads(torch.get_num_threads())
+        entry(*map(_view, args))
 
     def on_cuda(*args: Any) -> None:
         where = args[0].device
         with torch.cuda.device(where):
             entry(*map(_view, args), torch.cuda.current_stream(where).cuda_stream)
 
-    return on_cuda
+    return on_cpu if device == "cpu" else on_cuda
 
 
 def _view(arg: Any) -> Any:

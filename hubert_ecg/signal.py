@@ -75,7 +75,7 @@ def prepare_ecg_for_inference(
     """Filters, resamples, scales and cuts raw 12-lead ECGs to what the model reads.
 
     Args:
-        raw: ``[12, n]`` or ``[B, 12, n]``, leads in the order of :data:`LEADS`, any real dtype and any unit (the scaling
+        raw: ``[12, n]`` or ``[B, 12, n]``, leads in the order of :data:`LEADS`, any real dtype and any unit (scaling
             removes it); a NumPy, CuPy or torch array on any device. NaN and infinite samples count as missing.
         sampling_rate: Sampling rate of ``raw`` in Hz, whole or not.
         target_length: Length of the result, counted in samples at 500 Hz: longer records are cropped to their
@@ -88,8 +88,8 @@ def prepare_ecg_for_inference(
         return_length: Also return how many samples of each record are signal and not padding.
 
     Returns:
-        ``[12, target_length // downsampling_factor]`` or ``[B, 12, ...]`` float32, the kind of array and the device that
-        were given; with ``return_length``, a tuple of it and the valid length: an int, or ``[B]`` int64 for a batch.
+        ``[12, target_length // downsampling_factor]`` or ``[B, 12, ...]`` float32, the kind of array and the device
+        that were given; with ``return_length``, a tuple of it and the valid length: an int, or ``[B]`` int64 for a batch.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and says what to do.
@@ -228,8 +228,8 @@ def _bridge(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     left = torch.where(before < 0, after, before).clamp(max=n - 1)
     right = torch.where(after == n, before, after).clamp(min=0)
     known = torch.where(seen, x, 0.0)
-    weight = (at - left) / (right - left).clamp(min=1)
-    return torch.lerp(known.gather(-1, left), known.gather(-1, right), weight.to(x.dtype))
+    weight = (at - left).to(x.dtype) / (right - left).clamp(min=1)
+    return torch.lerp(known.gather(-1, left), known.gather(-1, right), weight)
 
 
 def _window_max(x: torch.Tensor, rate_hz: float) -> torch.Tensor:
@@ -264,9 +264,9 @@ def _band_pass(
     return _evaluate(spectrum / size, rate_hz / (size * out_rate_hz), num_out)
 
 
-def _rise(f_hz: torch.Tensor, start_hz: float, stop_hz: float) -> torch.Tensor:
-    """A gain that rises from 0 to 1 between two frequencies along a squared sine."""
-    return torch.sin(math.pi / 2 * ((f_hz - start_hz) / (stop_hz - start_hz)).clamp(0, 1)) ** 2
+def _rise(x: torch.Tensor, start: float, stop: float) -> torch.Tensor:
+    """Rises from 0 at ``start`` to 1 at ``stop`` along a squared sine."""
+    return torch.sin(math.pi / 2 * ((x - start) / (stop - start)).clamp(0, 1)) ** 2
 
 
 def _evaluate(spectrum: torch.Tensor, step: float, num_out: int) -> torch.Tensor:
@@ -300,14 +300,14 @@ def _artefact(x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float) -> tor
 
 
 def _continued(x: torch.Tensor, rate_hz: float, pad: int, size: int) -> torch.Tensor:
-    """``x`` less a straight line, continued over ``pad`` samples on either side and faded out there: ``[..., size]``."""
+    """``x`` less a straight line, continued over ``pad`` samples on either side, where it fades: ``[..., size]``."""
     n = x.shape[-1]
     at = torch.arange(n, device=x.device, dtype=x.dtype) - (n - 1) / 2
     x = x - x.mean(-1, keepdim=True)
     x = x - at * ((x * at).sum(-1, keepdim=True) / (at * at).sum().clamp(min=1))
     width = min(n, math.ceil(_TREND_S * rate_hz))
     fit, beyond, mirror = (part.to(x.device) for part in _trend(width, rate_hz, pad))
-    fade = torch.sin(math.pi / 2 * ((pad - 0.5 - torch.arange(pad, device=x.device)) / (pad / 2)).clamp(max=1)) ** 2
+    fade = _rise(pad - 0.5 - torch.arange(pad, device=x.device, dtype=x.dtype), 0, pad / 2)
     head, tail = (
         (end @ fit @ beyond + end[..., mirror]) * fade for end in (x[..., :width], x[..., n - width :].flip(-1))
     )
@@ -319,8 +319,8 @@ def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Te
     """The ridge fit of a line and slow waves to ``width`` samples, read from the end inwards.
 
     Returns:
-        ``[width, K]`` from samples to coefficients; ``[K, pad]`` from coefficients to the slow part beyond the end, less
-        what the mirrored samples hold of it; ``[pad]`` the places of the mirrored samples.
+        ``[width, K]`` from samples to coefficients; ``[K, pad]`` from coefficients to the slow part beyond the end,
+        less what the mirrored samples hold of it; ``[pad]`` the places of the mirrored samples.
     """
     t = (np.arange(-pad, width) - (width - 1) / 2) / rate_hz
     waves = 2 * math.pi * np.asarray(_TREND_HZ)[:, None] * t

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import signal as os_signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -50,8 +50,10 @@ SHARD_RECORDS = 1024
 # Records that go to a worker at once.
 _CHUNK_RECORDS = 32
 # Below this many records, starting worker processes costs more than it saves.
-_POOL_FROM_RECORDS = 512
+_POOL_FROM_RECORDS = 256
 _SHORTEST_S = 1.0
+# Another process may be creating these while this one looks.
+_OWN_FILES = {".lock", SHARDS} | {f"{name}{end}" for name in (BUILDING, INDEX, MANIFEST) for end in ("", ".tmp")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,6 @@ def open_store(
     compat: Compat = "corrected",
     cache_dir: str | Path | None = None,
     num_workers: int = 2,
-    seed: int = 0,
     progress: bool = True,
 ) -> Store:
     """Open recordings as a store, packing them into the cache the first time.
@@ -121,7 +122,6 @@ def open_store(
         compat: "corrected" or "published" preprocessing.
         cache_dir: Where stores are kept, see :func:`hubert_ecg.config.cache_root`.
         num_workers: Processes that read and prepare; 0 does it in this one.
-        seed: Seed of a data set that is generated. Folds never depend on it.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -132,7 +132,7 @@ def open_store(
         return _matching(Store(data_path), dataset, settings)
     if data_path is None and dataset == "auto":
         raise UserError("which recordings? Give their folder with --data_path, or a data set with --dataset")
-    source = open_dataset(dataset, data_path, sampling_rate_hz=sampling_rate, seed=seed)
+    source = open_dataset(dataset, data_path, sampling_rate_hz=sampling_rate)
     folder = cache_root(None if cache_dir is None else Path(cache_dir)) / "stores"
     folder /= f"{source.name}-{_plan(source, settings)['hash'][:16]}"
     return build(source, folder, settings, num_workers=num_workers, progress=progress)
@@ -158,12 +158,17 @@ def build(
     plan = _plan(dataset, settings) | {"shard_records": shard_records}
     if (folder / MANIFEST).is_file():
         return _finished(folder, plan)
-    if folder.exists() and not is_store(folder) and any(name != ".lock" for name in os.listdir(folder)):
+    if folder.exists() and not is_store(folder) and set(os.listdir(folder)) - _OWN_FILES:
         raise UserError(f"{folder} holds other files: choose a new folder for the store")
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A worker that imports its parent's script would wait here for the parent, which waits for the worker.
         raise RuntimeError("a script that packs recordings must keep its work under: if __name__ == '__main__'")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}: {error.strerror}; HUBERT_ECG_CACHE names another cache folder"
+        ) from error
     with _locked(folder / ".lock", progress):
         if (folder / MANIFEST).is_file():
             return _finished(folder, plan)
@@ -285,7 +290,7 @@ _Result = _Packed | _Skipped
 
 def _packed(
     dataset: Dataset, settings: Settings, chunks: Iterable[tuple[int, list[Entry]]], num_workers: int
-) -> Iterator[tuple[int, list[_Result]]]:
+) -> Generator[tuple[int, list[_Result]], None, None]:
     """Chunks after reading and preprocessing, in order."""
     if num_workers == 0:
         for position, chunk in chunks:

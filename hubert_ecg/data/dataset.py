@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,7 +53,6 @@ class Dataset(abc.ABC):
     Args:
         data_path: The folder, as published.
         sampling_rate_hz: Rate of files that do not carry one.
-        seed: Seed of data sets that generate their recordings; those that read files ignore it.
 
     Raises:
         UserError: The folder is not there, or is not this data set's.
@@ -63,7 +62,7 @@ class Dataset(abc.ABC):
     tasks: tuple[str, ...] = ()
     problem: str = "multilabel"
 
-    def __init__(self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0, seed: int = 0):
+    def __init__(self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0):
         if data_path is None:
             raise UserError(f"{self.name}: data_path must be given")
         self.data_path = Path(data_path)
@@ -126,7 +125,7 @@ def describe(record: Record, entry: Entry) -> Record:
     )
 
 
-def walk(folder: Path, suffixes: Sequence[str] | set[str]) -> Iterator[Path]:
+def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
     """Files below a folder whose suffix (lower case) is wanted, sorted; hidden files and folders are left out."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

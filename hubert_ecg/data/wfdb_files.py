@@ -46,7 +46,8 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Read a header's fields and its ``# key: value`` comments, in any of the published spellings."""
-    lines, comments = [], {}
+    lines: list[tuple[str, ...]] = []
+    comments: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         line = line.strip()
         if line.startswith("#"):
@@ -98,8 +99,8 @@ def _read_challenge_mat(path: Path, header: Header) -> Record:
             f"wfdb_files.read: header and signal must agree, got {[num_leads, num_samples]} in the header with "
             f"{len(signal_lines)} signal lines, and {list(val.shape)} in {name}"
         )
-    fields = [_GAIN.fullmatch(line[2]) for line in signal_lines]
-    if not all(fields):
+    fields = [match for line in signal_lines if (match := _GAIN.fullmatch(line[2]))]
+    if len(fields) < num_leads:
         raise ValueError(f"wfdb_files.read: gains must be numbers, got {[line[2] for line in signal_lines]}")
     gain = np.array([float(f["gain"]) for f in fields])[:, None]
     baseline = np.array([float(f["baseline"] or line[4]) for f, line in zip(fields, signal_lines, strict=True)])

@@ -206,7 +206,7 @@ def training_curves(history: pd.DataFrame, title: str | None = None) -> Figure:
     if not shown:
         raise ValueError("training_curves: history must have a column of numbers beside step and split, got none")
     splits = list(dict.fromkeys(history["split"].astype(str)))
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = -(-len(shown) // columns)
     with style():
         figure = Figure(figsize=(3.5 * columns, 2.5 * rows + (0.3 if title else 0)), layout="constrained")

@@ -38,8 +38,8 @@ def extract(ecg: Any, feature_type: str, compat: str = "corrected", sample_rate_
     Published: frames are cut from leads trimmed at both ends, mel filters cover 20 Hz to Nyquist, and slopes are 0.
 
     Args:
-        ecg: ``[12, T]`` or ``[B, 12, T]`` of any real dtype, preprocessed, at ``sample_rate_hz``; a NumPy, CuPy or torch
-            array on any device. T is free, and 5 s with ``compat="published"``.
+        ecg: ``[12, T]`` or ``[B, 12, T]`` of any real dtype, preprocessed, at ``sample_rate_hz``; a NumPy, CuPy or
+            torch array on any device. T is free, and 5 s with ``compat="published"``.
         feature_type: "mfcc" (D = 39: 13 coefficients, their slopes, the slopes of these), "time_freq" (16) or "mixed"
             (29: time_freq, then 13 coefficients).
         compat: "corrected" or "published".

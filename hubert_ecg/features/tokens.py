@@ -65,8 +65,8 @@ _GEOMETRIES = {
     500: _geometry(322, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)),
 }
 
-# Samples that the published frames leave out at the start and the end of leads with an even and an odd index; the rest of
-# 5 s is a whole number of frames, one for each token.
+# Samples that the published frames leave out at the start and the end of leads with an even and an odd index; the rest
+# of 5 s is a whole number of frames, one for each token.
 _PUBLISHED_TRIMS = {50: ((1, 1), (1, 1)), 100: ((2, 2), (2, 2)), 500: ((2, 2), (2, 3))}
 
 

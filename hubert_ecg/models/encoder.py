@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-Compat = Literal["corrected", "published"]
+from hubert_ecg.config import Compat
+
 Problem = Literal["multilabel", "multiclass", "regression"]
 Head = Literal["linear", "mlp", "label_embedding"]
 

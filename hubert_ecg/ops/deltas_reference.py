@@ -11,14 +11,14 @@ from torch import Tensor
 
 def deltas(x: Tensor, lengths: Tensor | None = None, window: int = 5) -> Tensor:
     reach = (window - 1) // 2
-    taps = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     leads = [x] if lengths is None else x.split(lengths.tolist(), -2)
-    out = []
-    for lead in leads:
-        frame = torch.arange(lead.shape[-2], device=x.device)
-        held = (frame[:, None] + taps.long()).clamp(0, max(lead.shape[-2] - 1, 0))  # [F, window]
-        out.append((lead[..., held, :] * taps[:, None]).sum(-2) / taps.square().sum())
-    return torch.cat(out, -2) if out else x.clone()
+    slopes = [torch.zeros_like(lead, memory_format=torch.contiguous_format) for lead in leads]
+    for lead, slope in zip(leads, slopes, strict=True):
+        frame, last = torch.arange(lead.shape[-2], device=x.device), max(lead.shape[-2] - 1, 0)
+        for k in range(1, reach + 1):
+            later, earlier = (frame + k).clamp(max=last), (frame - k).clamp(min=0)
+            slope += k * (lead[..., later, :] - lead[..., earlier, :])
+    return torch.cat(slopes, -2) / (reach * (reach + 1) * (2 * reach + 1) / 3)
 
 
 def deltas_samples(device: str) -> Iterator[tuple[Any, ...]]:

@@ -1,8 +1,10 @@
-"""Training: the pretrain and finetune commands, and prediction with their models."""
+"""Training: the extract, cluster, pretrain, finetune and evaluate commands, and prediction with their models."""
 
+from hubert_ecg.train.evaluate import evaluate
+from hubert_ecg.train.extract import cluster_features, extract_features
 from hubert_ecg.train.finetune import finetune
 from hubert_ecg.train.machine import device
 from hubert_ecg.train.predict import predict
 from hubert_ecg.train.pretrain import pretrain
 
-__all__ = ["device", "finetune", "predict", "pretrain"]
+__all__ = ["cluster_features", "device", "evaluate", "extract_features", "finetune", "predict", "pretrain"]

@@ -53,7 +53,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         sampling_rate=config.sampling_rate,
         cache_dir=config.cache_dir,
         num_workers=config.num_workers,
-        seed=config.seed,
         **pretrained,
     )
     records = TaskRecords(store, config)
@@ -250,7 +249,8 @@ class Classification(Objective):
         self.frozen: list[nn.Module] = []
         if config.freeze_encoder:
             self.frozen = [model.hubert_ecg]
-        elif config.freeze_extractor:
+        elif config.freeze_extractor and not config.pretrained_model.startswith(_RANDOM):
+            # Random filters are worth no freezing.
             self.frozen = [model.hubert_ecg.feature_extractor]
         for module in self.frozen:
             module.requires_grad_(False)

@@ -54,7 +54,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         compat=config.compat,
         cache_dir=config.cache_dir,
         num_workers=config.num_workers,
-        seed=config.seed,
     )
     train, validation, news = split_for_pretraining(store, config.validation_share, config.seed)
     say(f"pretrain: {news}")
@@ -65,9 +64,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         kmeans = clustering.KMeans.from_state(checkpoint.load(saved)["objective"]["kmeans"])
     else:
         kmeans, quality = fit_kmeans(store, train, config, shape, device)
+        folder.mkdir(parents=True, exist_ok=True)
         kmeans.save(kmeans_path)
         checkpoint.write_json(folder / "clusters.json", quality)
-        scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items())
+        scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
         say(f"pretrain: {quality['num_clusters']} clusters of {quality['num_tokens']} tokens  {scores}")
     shape.vocab_sizes = [len(kmeans.cluster_centers_)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,13 +48,14 @@ class PseudoLabels:
         with torch.autocast(ecg.device.type, enabled=False):
             x = features.extract(ecg.float(), **self._features)
             labels = self.kmeans.predict(x.flatten(0, 1))
-        return torch.as_tensor(labels, device=ecg.device).view(x.shape[:2])
+        return labels.view(x.shape[:2])
 
 
 def token_features(
     store: Store, indices: np.ndarray, config: PretrainConfig, model: HubertECGConfig, device: torch.device
-) -> np.ndarray:
-    """Features of all tokens of the first crop of these records, padding left out: ``[num_tokens, D] float32``."""
+) -> Tensor:
+    """Features of all tokens of the first crop of these records, padding left out: ``[num_tokens, D] float32``, on the
+    device."""
     loader = Loader(
         store, indices, _BATCH, crop_s=config.crop_s, crop="first", shuffle=False, num_workers=config.num_workers
     )
@@ -62,9 +64,8 @@ def token_features(
         x = features.extract(
             batch.ecg.to(device), config.feature_type, compat=config.compat, sample_rate_hz=model.sampling_rate_hz
         )
-        valid = token_mask(model, lead_lengths(batch), batch.ecg.shape[-1])
-        parts.append(x.cpu()[valid])
-    return torch.cat(parts).numpy()
+        parts.append(x[token_mask(model, lead_lengths(batch), batch.ecg.shape[-1]).to(device)])
+    return torch.cat(parts)
 
 
 def fit_kmeans(
@@ -95,15 +96,15 @@ def fit_kmeans(
                 f"tokens of {len(drawn)} records; use fewer clusters or more records"
             )
         kmeans = clustering.KMeans(config.num_clusters, normalize=True, max_iter=100, random_state=config.seed).fit(x)
-    labels = np.asarray(kmeans.predict(x))
+    labels = kmeans.predict(x)
     num_clusters = len(kmeans.cluster_centers_)
-    scores = clustering.scores(kmeans.normalized(x), labels, np.asarray(kmeans.cluster_centers_))
+    scores = clustering.scores(kmeans.normalized(x), labels, kmeans.cluster_centers_)
     quality: dict[str, Any] = {
         "feature_type": config.feature_type,
         "num_clusters": num_clusters,
         "num_records": len(drawn),
         "num_tokens": len(x),
-        "scores": {name: float(value) for name, value in scores.items()},
-        "counts": np.bincount(labels, minlength=num_clusters).tolist(),
+        "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
+        "counts": torch.bincount(labels, minlength=num_clusters).tolist(),
     }
     return kmeans, quality

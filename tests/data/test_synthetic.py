@@ -57,13 +57,17 @@ def qrs_ms(signal: np.ndarray, r_s: float) -> float:
     start = round((r_s - 0.12) * RATE_HZ)
     part = signal[:, start : start + round(0.28 * RATE_HZ)].astype(np.float64)
     slope = np.sqrt((np.diff(part, axis=1) ** 2).sum(axis=0))
-    steep = np.flatnonzero(slope > 0.12 * slope.max())
-    return 1000 * (steep[-1] - steep[0]) / RATE_HZ
+    steep = np.flatnonzero(slope > 0.12 * slope[30:90].max())
+    # P and T are apart from it by more than 24 ms.
+    groups = np.split(steep, np.flatnonzero(np.diff(steep) > 12) + 1)
+    qrs = max(groups, key=lambda group: slope[group].sum())
+    return 1000 * (qrs[-1] - qrs[0]) / RATE_HZ
 
 
 def average_beat(signal: np.ndarray, facts: dict, before_s: float, after_s: float) -> np.ndarray:
     """Mean of the beats around R, against the level just before QRS."""
-    r_times = [r for r in facts["r_times_s"] if before_s <= r < 10 - after_s and r not in facts["premature_times_s"]]
+    last_s = signal.shape[1] / RATE_HZ - after_s
+    r_times = [r for r in facts["r_times_s"] if before_s <= r < last_s and r not in facts["premature_times_s"]]
     starts = [round((r - before_s) * RATE_HZ) for r in r_times]
     width = round((before_s + after_s) * RATE_HZ)
     beat = np.mean([signal[:, start : start + width].astype(np.float64) for start in starts], axis=0)
@@ -103,7 +107,7 @@ def test_signal_is_finite_and_of_ordinary_size(labels):
         assert np.isfinite(signal).all()
         assert np.abs(signal).max() < 8
         assert (np.ptp(signal, axis=1) > 0.1).all()
-        assert 0.8 < np.ptp(signal[6:], axis=1).max()
+        assert np.ptp(signal[6:], axis=1).max() > 0.8
         assert set(labels) <= set(got) <= set(LABELS)
 
 
@@ -169,26 +173,30 @@ def test_fibrillation_is_irregular_and_sinus_rhythm_is_not():
 
 
 def test_fibrillation_has_no_p_but_waves_at_4_to_9_hz():
-    p_sinus, p_fibrillation, share = [], [], []
-    for seed in range(10):
-        for rhythm, found in (("SR", p_sinus), ("AFIB", p_fibrillation)):
-            signal, facts = clean(seed, rhythm)
-            beat = lead(average_beat(signal, facts, 0.24, 0.05), "II")
-            found.append(np.ptp(beat[: round((0.24 - facts["qrs_onset_to_r_ms"] / 1000 - 0.03) * RATE_HZ)]))
-        # The longest pause of V1, after T.
-        r_times = np.array(facts["r_times_s"])
-        i = np.argmax(np.diff(r_times))
-        start, stop = r_times[i] + 0.45, r_times[i + 1] - 0.06
+    alike, share = {"SR": [], "AFIB": []}, []
+    for seed in range(8):
+        for rhythm, found in alike.items():
+            signal, _, facts = generate_ecg(seed, (rhythm,), duration_s=30, noise=False)
+            onsets = np.array(facts["r_times_s"]) - facts["qrs_onset_to_r_ms"] / 1000
+            # Where P belongs, in beats that T of the beat before has left alone.
+            late = onsets[1:][np.diff(onsets) > 0.65]
+            parts = [lead(signal, "II")[(i := round(t * RATE_HZ)) - 85 : i - 10] for t in late]
+            parts = [part - np.linspace(part[0], part[-1], len(part)) for part in parts]
+            if len(parts) >= 4:
+                found.append(np.median(np.corrcoef(parts)[np.triu_indices(len(parts), 1)]))
+        # The longest pause of the last one, which fibrillates, after T.
+        i = np.argmax(np.diff(onsets))
+        start, stop = onsets[i] + 0.5, onsets[i + 1] - 0.03
         if stop - start > 0.4:
             part = lead(signal, "V1")[round(start * RATE_HZ) : round(stop * RATE_HZ)]
             spectrum = np.abs(np.fft.rfft((part - part.mean()) * np.hanning(len(part)), 4096)) ** 2
             frequency = np.fft.rfftfreq(4096, 1 / RATE_HZ)
             share.append(spectrum[(frequency >= 3) & (frequency <= 10)].sum() / spectrum[frequency <= 45].sum())
-    assert np.median(p_sinus) > 0.08
-    assert min(p_sinus) > 0.04
-    assert np.median(p_fibrillation) < 0.6 * np.median(p_sinus)
-    assert len(share) >= 2
-    assert np.median(share) > 0.6
+    assert min(map(len, alike.values())) >= 4
+    assert len(share) >= 3
+    assert min(alike["SR"]) > 0.9
+    assert max(alike["AFIB"]) < 0.5
+    assert np.median(share) > 0.7
 
 
 @pytest.mark.parametrize("conduction", ["NORM", "CRBBB", "CLBBB"])
@@ -289,7 +297,7 @@ def test_axis_read_from_the_leads_is_the_axis_of_the_facts():
         start = round((0.12 - facts["qrs_onset_to_r_ms"] / 1000) * RATE_HZ)
         qrs = slice(start, start + round(facts["qrs_ms"] / 1000 * RATE_HZ))
         axis = np.degrees(np.arctan2(2 / np.sqrt(3) * lead(beat, "aVF")[qrs].sum(), lead(beat, "I")[qrs].sum()))
-        assert axis == pytest.approx(facts["axis_deg"], abs=12), seed
+        assert axis == pytest.approx(facts["axis_deg"], abs=4), seed
         assert -30 <= facts["axis_deg"] <= 90
 
 
@@ -319,8 +327,12 @@ def test_no_labels_means_any():
     assert set(drawn) == set(LABELS)
 
 
-def test_cohort_is_balanced_and_folds_respect_patients():
-    entries = Cohort().entries()
+@pytest.fixture(scope="module")
+def entries() -> list:
+    return Cohort().entries()
+
+
+def test_cohort_is_balanced_and_folds_respect_patients(entries):
     assert len(entries) == len({entry.record_id for entry in entries}) == 2000
     count = Counter(label for entry in entries for label in entry.labels["all"])
     assert set(count) == set(LABELS)
@@ -332,9 +344,6 @@ def test_cohort_is_balanced_and_folds_respect_patients():
     seen = Counter(Counter(entry.patient_id for entry in entries).values())
     assert seen.keys() == {1, 2}
     assert 100 < seen[2] < 300
-    for patients in ([e for e in entries if e.patient_id == p] for p, n in Counter(folds).items() if n == 2):
-        assert len({(e.age, e.sex) for e in patients}) == 1
-
     per_fold = Counter((entry.fold, label) for entry in entries for label in entry.labels["all"])
     for fold in range(1, 11):
         assert 180 <= sum(entry.fold == fold for entry in entries) <= 220
@@ -342,9 +351,9 @@ def test_cohort_is_balanced_and_folds_respect_patients():
             assert per_fold[fold, label] == pytest.approx(count[label] / 10, rel=0.15)
 
 
-def test_one_person_keeps_age_sex_and_block():
+def test_one_person_keeps_age_sex_and_block(entries):
     people: dict[str, list] = {}
-    for entry in Cohort().entries():
+    for entry in entries:
         people.setdefault(str(entry.patient_id), []).append(entry)
     pairs = [pair for pair in people.values() if len(pair) == 2]
     assert pairs

@@ -98,7 +98,7 @@ def test_a_wider_level_gives_a_wider_interval_that_holds_the_value():
 
 @pytest.fixture(scope="module")
 def coverage():
-    """How often 90 % intervals of 80 test sets hold the truth. Scores are normal, 1.2 apart: AUROC is Phi(1.2 / sqrt 2)."""
+    """How often 90 % intervals of 80 test sets hold the truth; AUROC is Phi(1.2 / sqrt 2) for normal scores."""
     num_labels, hits = 16, {"label": [], "macro auroc": [], "macro auprc": []}
     rng = np.random.default_rng(12)
     prevalence = np.geomspace(0.04, 0.4, num_labels)

@@ -317,13 +317,40 @@ def test_parameters_that_are_frozen_stay(tmp_path):
 
 
 def test_bfloat16_trains(tmp_path):
-    settings = config(tmp_path, num_epochs=8)
-    objective = ToyObjective(tmp_path, dropout=0.0)
-    loop = Loop(settings, objective, ToyBatches(5), folder=tmp_path, device=CPU, dtype=torch.bfloat16)
+    loop = make_loop(tmp_path, num_epochs=8, dropout=0.0, dtype=torch.bfloat16)
     seen = []
-    objective.model[3].register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    loop.objective.model[3].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     loop.run()
     assert set(seen) == {torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in objective.model.parameters())
+    assert all(p.dtype == torch.float32 for p in loop.objective.model.parameters())
     losses = [float(r["loss"]) for r in csv.DictReader(rows(tmp_path)) if r["split"] == "validation"]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_trains_and_resumes(tmp_path, dtype):
+    fields = {"device": "cuda:0", "dtype": dtype, "num_epochs": 8}
+    straight = make_loop(tmp_path / "a", **fields)
+    straight.run()
+    losses = [float(r["loss"]) for r in csv.DictReader(rows(tmp_path / "a")) if r["split"] == "validation"]
+    assert losses[-1] < 0.7 * losses[0]
+    with pytest.raises(Interrupted):
+        make_loop(tmp_path / "b", on_step=kill_after(7, signal.SIGTERM), **fields).run()
+    resumed = make_loop(tmp_path / "b", resume=True, **fields)
+    resumed.run()
+    # The order of additions on a GPU is free; dropout and the scaler are not.
+    for name, value in weights(straight).items():
+        torch.testing.assert_close(weights(resumed)[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.cuda
+def test_a_gpu_names_the_bad_batch_afterwards(tmp_path):
+    def poison(step, batch):
+        if step == 1:
+            batch.x.fill_(float("nan"))
+
+    loop = make_loop(tmp_path, on_step=poison, device="cuda:0", log_every=4, checkpoint_every=100)
+    with pytest.raises(RuntimeError, match="not finite at step 2"):
+        loop.run()
+    assert not loop.checkpoint_path.exists()

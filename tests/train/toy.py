@@ -49,21 +49,22 @@ class ToyObjective(Objective):
     metrics = ("error",)
     higher_is_better = False
 
-    def __init__(self, folder: Path, dropout: float = 0.2, on_step=None, seed: int = 0) -> None:
+    def __init__(self, folder: Path, dropout: float = 0.2, on_step=None, seed: int = 0, device: str = "cpu") -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(NUM_INPUTS, 16), nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, 1))
+        layers = nn.Linear(NUM_INPUTS, 16), nn.LayerNorm(16), nn.Dropout(dropout), nn.Linear(16, 1)
+        self.model, self.device = nn.Sequential(*layers).to(device), device
         self.folder, self.on_step = folder, on_step
         self.all = ToyBatches(NUM_RECORDS)
 
     def loss(self, batch, step, micro):
         if self.on_step is not None:
             self.on_step(step, batch)
-        error = self.model(batch.x) - batch.y
+        error = self.model(batch.x.to(self.device)) - batch.y.to(self.device)
         return (error**2).mean(), {"error": error.abs().mean()}
 
     def validate(self, poll):
         poll()
-        error = self.model(self.all.x) - self.all.y
+        error = self.model(self.all.x.to(self.device)) - self.all.y.to(self.device)
         return {"loss": float((error**2).mean()), "error": float(error.abs().mean())}
 
     def save_best(self):
@@ -81,10 +82,11 @@ def config(folder: Path, **fields) -> FinetuneConfig:
     )
 
 
-def make_loop(folder: Path, *, on_step=None, dropout: float = 0.2, **fields) -> Loop:
+def make_loop(folder: Path, *, on_step=None, dropout=0.2, device="cpu", dtype=torch.float32, **fields) -> Loop:
     settings = config(folder, **fields)
-    objective = ToyObjective(folder, dropout=dropout, on_step=on_step, seed=settings.seed)
-    return Loop(settings, objective, ToyBatches(settings.batch_size), folder=folder, device=torch.device("cpu"))
+    objective = ToyObjective(folder, dropout=dropout, on_step=on_step, seed=settings.seed, device=device)
+    batches = ToyBatches(settings.batch_size)
+    return Loop(settings, objective, batches, folder=folder, device=torch.device(device), dtype=dtype)
 
 
 def rows(folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ def open_dataset(
         name: A name in :data:`DATASETS`, or "auto".
         data_path: The folder; by default where :func:`default_data_path` finds it.
         sampling_rate_hz: Rate of files that do not carry one.
-        seed: Seed of data sets that generate their recordings.
+        seed: Seed of a data set that generates its recordings.
 
     Raises:
         UserError: The name is unknown, or the folder is missing or another data set's.
@@ -57,7 +57,7 @@ def open_dataset(
         raise UserError(f"no folder {folder}: give the folder of the recordings with --data_path")
     if name == "auto":
         name = next((known for known, dataset in DATASETS.items() if dataset.recognises(folder)), "folder")
-    return DATASETS[name](folder, sampling_rate_hz=sampling_rate_hz, seed=seed)
+    return DATASETS[name](folder, sampling_rate_hz=sampling_rate_hz)
 
 
 def default_data_path(dataset: str) -> Path:

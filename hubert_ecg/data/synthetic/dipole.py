@@ -100,7 +100,7 @@ ECTOPIC = {
     "right outflow": (0.35, 0.90, 0.70),
     "right apex": (0.80, -0.55, 0.75),
     "left lateral": (-0.80, 0.40, -0.65),
-    "left inferior": (0.10, -0.85, -0.75),
+    "left inferior": (0.10, -0.60, -0.80),
 }
 
 # Contiguous leads of each territory with the elevation at J + 60 ms that counts, in mV (fourth universal definition).

@@ -20,11 +20,13 @@ ELEVATED_SHARES = (True,) * 5 + (False,) * 15
 
 def draw_findings(rng: np.random.Generator) -> Findings:
     """Draws what a recording shows, as often as the cohort shows it."""
-    rhythm, conduction, premature, elevated = (
-        shares[rng.integers(len(shares))]
-        for shares in (RHYTHM_SHARES, CONDUCTION_SHARES, PREMATURE_SHARES, ELEVATED_SHARES)
+    conduction = str(rng.choice(CONDUCTION_SHARES))
+    return Findings(
+        rhythm=str(rng.choice(RHYTHM_SHARES)),
+        conduction=conduction,
+        premature=bool(rng.choice(PREMATURE_SHARES)),
+        elevated=bool(rng.choice(ELEVATED_SHARES)) and conduction != "CLBBB",
     )
-    return Findings(rhythm, conduction, premature, elevated and conduction != "CLBBB")
 
 
 def generate_ecg(

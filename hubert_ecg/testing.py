@@ -1,0 +1,119 @@
+"""What tests and benchmarks share: comparison that names the tensor, poisoned memory, peers to compare with."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import math
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+
+def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: str = "output") -> None:
+    """Asserts that tensors, or tuples of them, are equal within ``atol + rtol |expected|``; integers exactly, NaN where NaN is.
+
+    Raises:
+        AssertionError: naming the tensor, its worst element, and both values there.
+    """
+    if isinstance(expected, (tuple, list)):
+        assert len(actual) == len(expected), f"{name}: {len(actual)} tensors, expected {len(expected)}"
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_close(a, e, rtol=rtol, atol=atol, name=f"{name}[{i}]")
+        return
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    a, e = actual.detach().cpu().double(), expected.detach().cpu().double()
+    equal = (a == e) | (a.isnan() & e.isnan())
+    excess = torch.where(equal, 0, ((a - e).abs() - atol - rtol * e.abs()).nan_to_num(nan=math.inf))
+    if not expected.is_floating_point():
+        excess = torch.where(equal, 0.0, math.inf)
+    if bool((excess > 0).any()):
+        worst = int(excess.argmax())
+        where = [int(i) for i in torch.unravel_index(torch.tensor(worst), excess.shape)]
+        raise AssertionError(
+            f"{name}{where}: got {a.flatten()[worst].item()!r}, expected {e.flatten()[worst].item()!r} "
+            f"(rtol {rtol:g}, atol {atol:g}); {int((excess > 0).sum())} of {excess.numel()} elements are off"
+        )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside the block, ``torch.empty`` and its like hold NaN, or the largest integer: whoever forgets to write is found out."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, none next to another in memory, with NaN (or the largest integer) in between."""
+    fill = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    apart = torch.full((*x.shape, 2), fill, dtype=x.dtype, device=x.device)
+    apart[..., 0] = x
+    return apart[..., 0]
+
+
+def torchaudio_parts() -> types.SimpleNamespace:
+    """``kaldi`` (the module ``torchaudio.compliance.kaldi``) and ``compute_deltas`` of an installed torchaudio.
+
+    They are plain Python, but ``import torchaudio`` fails beside a torch of another build, and with
+    ``pip install --no-deps torchaudio`` no torch has to match: so these parts are read from their files.
+
+    Raises:
+        ImportError: torchaudio is not installed.
+    """
+    spec = importlib.util.find_spec("torchaudio")
+    if spec is None or spec.origin is None:
+        raise ImportError("torchaudio is not installed (pip install --no-deps torchaudio)")
+    root = Path(spec.origin).parent
+    path = root / "functional" / "functional.py"
+    wanted = ("create_dct", "compute_deltas")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    functional = types.ModuleType("torchaudio.functional")
+    vars(functional).update(torch=torch, math=math, Tensor=Tensor, Optional=Optional)
+    exec(compile(tree, str(path), "exec"), vars(functional))
+
+    package = types.ModuleType("torchaudio")
+    package.functional = functional  # type: ignore[attr-defined]
+    spec = importlib.util.spec_from_file_location("_torchaudio_kaldi", root / "compliance" / "kaldi.py")
+    assert spec is not None and spec.loader is not None
+    kaldi = importlib.util.module_from_spec(spec)
+    before = sys.modules.get("torchaudio")
+    sys.modules["torchaudio"] = package
+    try:
+        spec.loader.exec_module(kaldi)
+    finally:
+        if before is None:
+            del sys.modules["torchaudio"]
+        else:
+            sys.modules["torchaudio"] = before
+    return types.SimpleNamespace(kaldi=kaldi, compute_deltas=functional.compute_deltas)
+
+
+def torchaudio_mfcc(kaldi: Any, frames: Tensor, sample_rate_hz: float = 100.0, **options: Any) -> Tensor:
+    """torchaudio's coefficients of ``frames`` [F, S] in one call: the frames joined, and ``frame_shift`` their length."""
+    # A hundredth of a sample more, because torchaudio cuts the number of samples off to a whole one.
+    length_ms = (frames.shape[-1] + 0.01) / sample_rate_hz * 1000
+    return kaldi.mfcc(
+        frames.reshape(1, -1),
+        sample_frequency=sample_rate_hz,
+        frame_length=length_ms,
+        frame_shift=length_ms,
+        dither=0.0,
+        use_energy=False,
+        **options,
+    )

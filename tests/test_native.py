@@ -1,0 +1,51 @@
+"""The compiled module is loaded, and knows nothing of torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from hubert_ecg import native
+from hubert_ecg.ops import OPS
+
+
+def symbols(*flags):
+    if not sys.platform.startswith("linux") or shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    return subprocess.run(["nm", "-D", "-C", *flags, native._C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+def test_is_loaded():
+    assert native._C is not None, native.why_missing
+    assert native.why_missing == ""
+
+
+def test_has_every_op_on_the_cpu():
+    data_side = [name for name, op in OPS.items() if "native" not in op.backends["cpu"]]
+    assert data_side == []
+
+
+def test_has_no_symbol_of_torch():
+    found = symbols()
+    assert "PyInit__C" in found
+    assert not [line for line in found.splitlines() if "at::" in line or "c10::" in line or "torch" in line]
+
+
+def test_shows_nothing_but_its_entry():
+    ours = [line for line in symbols("--defined-only").splitlines() if "hubert_ecg::" in line]
+    assert ours == []
+
+
+def test_refuses_what_is_no_tensor():
+    with pytest.raises(TypeError, match="mfcc_cpu"):
+        native._C.mfcc_cpu(1, 2, 3, 4, 5, 6)
+
+
+def test_a_missing_backend_says_why():
+    for op in OPS.values():
+        for device, table in op.backends.items():
+            assert ("native" in table) != ("native" in op.missing[device])
+            assert all(op.missing[device].values())
