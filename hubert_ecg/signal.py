@@ -89,7 +89,7 @@ def prepare_ecg_for_inference(
 
     Returns:
         ``[12, target_length // downsampling_factor]`` or ``[B, 12, ...]`` float32, the kind of array and the device
-        that were given; with ``return_length``, a tuple of it and the valid length: an int, or ``[B]`` int64 for a batch.
+        that were given; with ``return_length``, a tuple of it and the valid length: an int, or ``[B]`` int64.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and says what to do.

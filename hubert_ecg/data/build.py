@@ -40,6 +40,7 @@ from hubert_ecg.data.store import (
     stream_hash,
     value_column,
 )
+from hubert_ecg.files import replacing, write_text
 from hubert_ecg.signal import LEADS, prepare_ecg_for_inference
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def build(
             raise UserError(
                 f"{folder} holds an unfinished store of other data or settings: delete it, or choose a new one"
             )
-        _write_text(begun, json.dumps(plan, indent=1))
+        write_text(begun, json.dumps(plan, indent=1))
         (folder / SHARDS).mkdir(exist_ok=True)
         _pack(dataset, folder, settings, plan, num_workers, progress)
         return Store(folder)
@@ -453,11 +454,9 @@ def _write_shard(folder: Path, position: int, results: list[_Result], schema: pa
     for item in packed:
         rows.append({**unlabelled, **item.row, "shard": position, "offset": offset})
         offset += item.samples.size
-    with _atomic(folder / SHARDS / f"{shard_name(position)}.bin") as path, open(path, "wb") as file:
+    with replacing(folder / SHARDS / f"{shard_name(position)}.bin") as path, open(path, "wb") as file:
         for item in packed:
             file.write(np.ascontiguousarray(item.samples).data)
-        file.flush()
-        os.fsync(file.fileno())
     shard = {
         "name": shard_name(position),
         "num_records": len(packed),
@@ -467,7 +466,7 @@ def _write_shard(folder: Path, position: int, results: list[_Result], schema: pa
     skipped = [(result.source, result.reason) for result in results if isinstance(result, _Skipped)]
     facts = {"shard": json.dumps(shard), "skipped": json.dumps(skipped)}
     table = pa.Table.from_pylist(rows, schema=schema).replace_schema_metadata(facts)
-    with _atomic(_part(folder, position)) as path:
+    with replacing(_part(folder, position)) as path:
         pq.write_table(table, path)
 
 
@@ -490,7 +489,7 @@ def _finish(
         else sorted(table[label_column(task)].combine_chunks().flatten().unique().to_pylist())
         for task in dataset.tasks
     }
-    with _atomic(folder / INDEX) as path:
+    with replacing(folder / INDEX) as path:
         pq.write_table(table, path)
     index_hash = file_hash(folder / INDEX)
     manifest = {
@@ -512,24 +511,11 @@ def _finish(
         "skipped": skipped,
         "plan": plan,
     }
-    _write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     # From here the store is whole; what is left over from building goes.
     for position in range(num_shards):
         _part(folder, position).unlink()
     (folder / BUILDING).unlink()
-
-
-@contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the file's own name when all is written."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    yield unfinished
-    os.replace(unfinished, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _atomic(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
 
 
 def _console() -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from hubert_ecg.evaluation.files import replacing
+from hubert_ecg.files import replacing
 
 
 def write_predictions(

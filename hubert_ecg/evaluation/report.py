@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hubert_ecg.evaluation.files import replacing
 from hubert_ecg.evaluation.metrics import Estimate, Evaluation, check_scores
+from hubert_ecg.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from hubert_ecg.config import Compat
+from hubert_ecg.features.tokens import token_geometry
 
 Problem = Literal["multilabel", "multiclass", "regression"]
 Head = Literal["linear", "mlp", "label_embedding"]
@@ -61,12 +62,6 @@ _SIZES: dict[str, dict[str, Any]] = {
         "conv_dim": 512,
         "layerdrop": 0.0,
     },
-}
-# rate in Hz -> kernels and strides of the extractor: a token is always 0.64 s of one lead
-_CONVOLUTIONS = {
-    50: ((10, 3, 3, 2), (4, 2, 2, 2)),
-    100: ((10, 3, 3, 2, 2), (4, 2, 2, 2, 2)),
-    500: ((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)),
 }
 _FIXED = {
     "feat_extract_norm": "group",
@@ -196,14 +191,12 @@ class HubertECGConfig:
         """
         if size not in _SIZES:
             raise ValueError(f"preset: size must be one of {', '.join(_SIZES)}, got {size!r}")
-        if sampling_rate_hz not in _CONVOLUTIONS:
-            raise ValueError(f"preset: sampling_rate_hz must be 50, 100 or 500, got {sampling_rate_hz}")
-        kernels, strides = _CONVOLUTIONS[int(sampling_rate_hz)]
+        geometry = token_geometry(sampling_rate_hz)
         fields = {
             **_SIZES[size],
-            "conv_dim": (_SIZES[size]["conv_dim"],) * len(kernels),
-            "conv_kernel": kernels,
-            "conv_stride": strides,
+            "conv_dim": (_SIZES[size]["conv_dim"],) * len(geometry.kernels),
+            "conv_kernel": geometry.kernels,
+            "conv_stride": geometry.strides,
             "sampling_rate_hz": float(sampling_rate_hz),
         }
         return cls(**{**fields, **overrides})

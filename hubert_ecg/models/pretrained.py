@@ -13,8 +13,7 @@ import logging
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_ecg.config import UserError
+from hubert_ecg.files import replacing, write_json
 from hubert_ecg.models.encoder import HubertECGConfig
 
 _log = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ class Pretrained:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
-        _write(folder / "model.safetensors", lambda file: file.write(save(tensors, metadata={"format": "pt"})))
-        _write(folder / "config.json", lambda file: file.write(json.dumps(config, indent=2, sort_keys=True).encode()))
+        with replacing(folder / "model.safetensors") as temporary:
+            temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_json(folder / "config.json", dict(sorted(config.items())))
 
     @classmethod
     def from_pretrained(cls: type[_Model], name_or_path: str | os.PathLike[str], **overrides: Any) -> _Model:
@@ -124,7 +125,8 @@ def save_file(model: Pretrained, path: str | os.PathLike[str], extra: Mapping[st
         "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         "extra": dict(extra or {}),
     }
-    _write(Path(path), lambda file: torch.save(content, file))
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
@@ -361,26 +363,3 @@ def _check_plain(value: Any, where: str) -> None:
             f"save_file: {where} must be a plain value (dict, list, str, number, None) or a tensor, "
             f"got {type(value).__name__}"
         )
-
-
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file under another name, then put it in place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -58,5 +58,5 @@ def _(kernel, x, lengths=None, window=5):
     if out.numel():
         ends = torch.full((1,), x.shape[-2], device=x.device) if lengths is None else lengths.cumsum(0)
         shape = (-1, *x.shape[-2:])
-        kernel(x.reshape(shape), ends, out.view(shape), window)
+        kernel(x.reshape(shape).contiguous(), ends, out.view(shape), window)
     return out

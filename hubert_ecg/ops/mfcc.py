@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from hubert_ecg.ops import mfcc_reference as reference
 from hubert_ecg.ops._op import Array, Op, as_floating, takes_arrays
 from hubert_ecg.ops._tables import unit_circle
@@ -80,5 +78,5 @@ def _(kernel, frames, sample_rate_hz=100.0, low_hz=20.0, high_hz=0.0, num_mel=23
     window, bank, dct = reference.tables(S, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc, *place)
     out = frames.new_empty(*frames.shape[:-1], num_mfcc)
     if out.numel():
-        kernel(frames.reshape(-1, S), window, unit_circle(2 * bank.shape[1], *place), bank, dct, out.view(-1, num_mfcc))
+        kernel(frames.reshape(-1, S).contiguous(), window, unit_circle(2 * bank.shape[1], *place), bank, dct, out.view(-1, num_mfcc))
     return out

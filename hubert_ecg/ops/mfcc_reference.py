@@ -25,6 +25,8 @@ def mfcc(
     num_mfcc: int = 13,
 ) -> Tensor:
     S = frames.shape[-1]
+    if not frames.numel():  # some builds of torch.fft refuse an empty batch
+        return frames.new_empty(*frames.shape[:-1], num_mfcc)
     window, bank, dct = tables(S, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc, frames.dtype, frames.device)
     # Less the first sample before less the mean: a constant frame is then exactly zero at any level.
     centred = frames - frames[..., :1]

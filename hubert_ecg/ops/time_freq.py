@@ -66,5 +66,5 @@ def _(kernel, frames):
     S, D = frames.shape[-1], len(TIME_FREQ_NAMES)
     out = frames.new_empty(*frames.shape[:-1], D)
     if out.numel():
-        kernel(frames.reshape(-1, S), unit_circle(S, frames.dtype, frames.device), out.view(-1, D))
+        kernel(frames.reshape(-1, S).contiguous(), unit_circle(S, frames.dtype, frames.device), out.view(-1, D))
     return out

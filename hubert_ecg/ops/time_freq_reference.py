@@ -15,6 +15,8 @@ CREST_EPSILON = 1e-9
 
 def time_freq(frames: Tensor) -> Tensor:
     S = frames.shape[-1]
+    if not frames.numel():  # some builds of torch.fft refuse an empty batch
+        return frames.new_empty(*frames.shape[:-1], 16)
     low, high = frames.amin(-1), frames.amax(-1)
     # Less the first sample before less the mean: a constant frame then has no variance at any level.
     centred = frames - frames[..., :1]

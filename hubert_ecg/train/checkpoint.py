@@ -6,12 +6,10 @@ the path of their keys (``model/encoder.layers.0...``), all else into its metada
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hubert_ecg.config import UserError
+from hubert_ecg.files import replacing
 
 _KEY = "hubert_ecg_checkpoint"
 _VERSION = 1
@@ -64,30 +63,6 @@ def load(path: Path) -> dict[str, Any]:
     if header["crc32"] != _crc32(tensors):
         raise UserError(f"checkpoint: {path} is damaged (checksum differs); delete it, or start without --resume")
     return _unpack(header["state"], tensors)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place, durably, once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name: what a killed run left behind is overwritten, not piled up.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    yield temporary
-    # Some writers make files that only their owner may read.
-    temporary.chmod(mode)
-    _fsync(temporary, os.O_RDWR)
-    os.replace(temporary, path)
-    if os.name == "posix":
-        _fsync(path.parent, os.O_RDONLY)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -178,11 +153,3 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
         crc = zlib.crc32(name.encode(), crc)
         crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,9 +15,9 @@ from rich.progress import track
 from hubert_ecg import clustering, data, evaluation, features
 from hubert_ecg.config import ClusterConfig, ExtractConfig, UserError, to_json
 from hubert_ecg.data import plain_pickle
+from hubert_ecg.files import replacing
 from hubert_ecg.models import HubertECGConfig, token_mask
 from hubert_ecg.train import machine
-from hubert_ecg.train.checkpoint import replacing
 from hubert_ecg.train.logs import say
 from hubert_ecg.train.records import lead_lengths
 

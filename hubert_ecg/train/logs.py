@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hubert_ecg.config import UserError
-from hubert_ecg.train.checkpoint import replacing
+from hubert_ecg.files import replacing
 
 # Where standard output is no terminal, training rows are printed at most this often; validation rows always.
 _SECONDS_BETWEEN_LINES = 5.0

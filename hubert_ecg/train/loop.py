@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hubert_ecg import __version__
 from hubert_ecg.config import FinetuneConfig, PretrainConfig, UserError, to_json
+from hubert_ecg.files import write_json
 from hubert_ecg.train import checkpoint
 from hubert_ecg.train.logs import Logs, say
 from hubert_ecg.train.machine import autocast
@@ -416,7 +417,7 @@ class Loop:
             "versions": {"hubert_ecg": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **self.facts,
         }
-        checkpoint.write_json(self.folder / "settings.json", settings)
+        write_json(self.folder / "settings.json", settings)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hubert_ecg import clustering, data
 from hubert_ecg.config import PretrainConfig, UserError, to_json
+from hubert_ecg.files import write_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, draw_mask, save_file, token_mask
 from hubert_ecg.train import checkpoint, machine
 from hubert_ecg.train.logs import check_wandb, say
@@ -66,7 +67,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         kmeans, quality = fit_kmeans(store, train, config, shape, device)
         folder.mkdir(parents=True, exist_ok=True)
         kmeans.save(kmeans_path)
-        checkpoint.write_json(folder / "clusters.json", quality)
+        write_json(folder / "clusters.json", quality)
         scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
         say(f"pretrain: {quality['num_clusters']} clusters of {quality['num_tokens']} tokens  {scores}")
     shape.vocab_sizes = [len(kmeans.cluster_centers_)]

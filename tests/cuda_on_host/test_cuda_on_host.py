@@ -1,7 +1,7 @@
 """The CUDA kernels of the data side, compiled for the CPU from the same sources and checked against the references.
 
 Every ``csrc/*.cu`` is compiled, and every ``<op>_cuda`` of ``module.cpp`` is run on the samples of its op: a new kernel
-is covered when it exists. Run as a script, this file checks the module that it is given (the sanitized build does that).
+is covered when it exists. As a script, this file checks the module that it is given: so runs the sanitized build.
 """
 
 from __future__ import annotations
@@ -154,6 +154,36 @@ def test_kernels_are_clean_under_sanitizers(entry, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == [*kernels(), "clean"]
+
+
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory) -> Path:
+    program = tmp_path_factory.mktemp("mistakes") / "mistakes"
+    source = ["-x", "c++", HERE / "mistakes.cu", "-o", program]
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-O0", "-fsanitize=address", f"-I{CSRC}", f"-I{HERE}", *source], text=True
+    )
+    assert done.returncode == 0
+    return program
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [
+        (0, "wait at a barrier or shuffle that the others never reach"),
+        (1, "wrong"),
+        (2, "wait at a barrier or shuffle that the others never reach"),
+        (3, "a shuffle reads a lane that takes no part"),
+        (4, "heap-buffer-overflow"),
+        (5, "right"),
+    ],
+    ids=["barrier", "race", "shuffle", "mask", "overflow", "none"],
+)
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_mistakes_are_found(which, said, order, mistakes):
+    environment = {**os.environ, "CUDA_ON_HOST_ORDER": order}
+    done = subprocess.run([mistakes, str(which)], env=environment, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hubert_ecg.config import FinetuneConfig
-from hubert_ecg.train.checkpoint import replacing
+from hubert_ecg.files import replacing
 from hubert_ecg.train.loop import Loop, Objective
 
 NUM_RECORDS, NUM_INPUTS = 22, 6
