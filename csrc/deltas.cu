@@ -8,8 +8,8 @@ namespace {
 
 // One thread to a number.
 template <class T>
-__global__ void deltas_kernel(const T* x, const int64_t* ends, T* out, int64_t B, int64_t F, int64_t D, int64_t L, int64_t reach,
-                              T scale) {
+__global__ void deltas_kernel(const T* x, const int64_t* ends, T* out, int64_t B, int64_t F, int64_t D, int64_t L,
+                              int64_t reach, T scale) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < B * F * D; at += stride) {
     const int64_t f = at / D % F;
@@ -37,8 +37,9 @@ void run(const Tensor& x, const Tensor& ends, const Tensor& out, int64_t window,
   const int64_t B = x.size(0), F = x.size(1), D = x.size(2), reach = (window - 1) / 2;
   if (B * F * D == 0) return;
   const int64_t blocks = std::min<int64_t>((B * F * D + 255) / 256, 1 << 16);
-  HUBERT_ECG_LAUNCH(deltas_kernel<T>, static_cast<unsigned>(blocks), 256u, 0u, stream, x.data<T>(), ends.data<int64_t>(),
-                    out.data<T>(), B, F, D, ends.size(0), reach, static_cast<T>(delta_scale(reach)));
+  HUBERT_ECG_LAUNCH(deltas_kernel<T>, static_cast<unsigned>(blocks), 256u, 0u, stream, x.data<T>(),
+                    ends.data<int64_t>(), out.data<T>(), B, F, D, ends.size(0), reach,
+                    static_cast<T>(delta_scale(reach)));
   check_cuda("deltas", cudaGetLastError());
 }
 

@@ -2,7 +2,8 @@
 //   HUBERT_ECG_ISA     the namespace, one of the names in isa.h,
 //   HUBERT_ECG_TARGET  the function attribute that switches the instructions on,
 //   HUBERT_ECG_BYTES   the width of a vector register.
-// Attributes instead of compiler flags: inline functions of the standard library, which the linker merges, stay baseline code.
+// Attributes instead of compiler flags: inline functions of the standard library, which the linker merges, stay
+// baseline code.
 #define HUBERT_ECG_ISA baseline
 #define HUBERT_ECG_TARGET
 #define HUBERT_ECG_BYTES 16

@@ -14,8 +14,8 @@ struct alignas(64) CacheLine {
   char bytes[64];
 };
 
-// Calls work(begin, end, scratch) for ranges that cover the frames, on as many threads as pay. Each thread has `scratch_bytes`
-// of its own, on cache lines of its own, allocated once.
+// Calls work(begin, end, scratch) for ranges that cover the frames, on as many threads as pay. Each thread has
+// `scratch_bytes` of its own, on cache lines of its own, allocated once.
 template <class Work>
 void split_frames(int64_t num_frames, int64_t scratch_bytes, const Work& work) {
   constexpr int64_t kGrain = 16;  // frames in the widest tile
@@ -26,13 +26,14 @@ void split_frames(int64_t num_frames, int64_t scratch_bytes, const Work& work) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t begin = grains * thread / team * kGrain, end = std::min(grains * (thread + 1) / team * kGrain, num_frames);
+    const int64_t begin = grains * thread / team * kGrain,
+                  end = std::min(grains * (thread + 1) / team * kGrain, num_frames);
     work(begin, end, scratch.data() + thread * lines);
   }
 }
 
-// The Fourier transform of n = odd * 2^stages real samples: transforms of the odd length, as sums, then joined pair by pair
-// (decimation in time, radix 2). real_fft_simd.h runs it.
+// The Fourier transform of n = odd * 2^stages real samples: transforms of the odd length, as sums, then joined pair by
+// pair (decimation in time, radix 2). real_fft_simd.h runs it.
 struct RealFft {
   explicit RealFft(int64_t length) : n(length), odd(length) {
     int stages = 0;

@@ -1,4 +1,5 @@
-// One frame in each lane of a vector, for one instruction set (every_isa.h): loading, storing, logarithm, Fourier transform.
+// One frame in each lane of a vector, for one instruction set (every_isa.h): loading, storing, logarithm, Fourier
+// transform.
 #define HUBERT_ECG_INLINE HUBERT_ECG_TARGET static inline __attribute__((always_inline))
 
 namespace HUBERT_ECG_ISA {
@@ -27,7 +28,8 @@ struct Bits<double> {
 };
 
 // Natural logarithm of positive normal numbers; infinity and NaN stay what they are.
-// x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh s = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), s = (m - 1) / (m + 1).
+// x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh s = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), s = (m - 1) /
+// (m + 1).
 template <class T>
 HUBERT_ECG_INLINE V<T> logarithm(V<T> x) {
   using B = Bits<T>;
@@ -96,8 +98,8 @@ HUBERT_ECG_INLINE void fft_quad(const V<T>* x, const int64_t* first, V<T>* X) {
   X[3] = d - c;
 }
 
-// The transform of odd length m of x[0], x[step], x[2 step], ...; overwrites x. Sums x_j + x_{m-j} meet the cosines, differences
-// the sines. turn: entries of the circle in 1 / m of a turn.
+// The transform of odd length m of x[0], x[step], x[2 step], ...; overwrites x. Sums x_j + x_{m-j} meet the cosines,
+// differences the sines. turn: entries of the circle in 1 / m of a turn.
 template <class T>
 HUBERT_ECG_INLINE void fft_odd(V<T>* x, int64_t step, int64_t m, V<T>* X, const T* circle, int64_t turn) {
   constexpr int kBins = 4;
@@ -149,8 +151,8 @@ HUBERT_ECG_INLINE void fft_join(V<T>* X, int64_t half, const T* circle, int64_t 
 
 // x [n] is read (and overwritten where n has an odd factor), X [n] written. circle [n, 2]: cos and sin of 2 pi j / n.
 //
-// The result lies "half-complex": Re X_k at k for 0 <= k <= n / 2, Im X_k at n - k for 0 < k < n / 2. In that order each
-// butterfly writes where it read.
+// The result lies "half-complex": Re X_k at k for 0 <= k <= n / 2, Im X_k at n - k for 0 < k < n / 2. In that order
+// each butterfly writes where it read.
 template <class T>
 HUBERT_ECG_INLINE void real_fft(const RealFft& fft, V<T>* x, V<T>* X, const T* circle) {
   const int64_t blocks = fft.n / fft.odd;

@@ -23,8 +23,10 @@ inline Isa best_isa() {
 
 // The version of a function that best_isa() names.
 #ifdef __x86_64__
-#define HUBERT_ECG_BEST(...) \
-  (best_isa() == Isa::avx512 ? avx512::__VA_ARGS__ : best_isa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+#define HUBERT_ECG_BEST(...)                       \
+  (best_isa() == Isa::avx512 ? avx512::__VA_ARGS__ \
+   : best_isa() == Isa::avx2 ? avx2::__VA_ARGS__   \
+                             : baseline::__VA_ARGS__)
 #else
 #define HUBERT_ECG_BEST(...) baseline::__VA_ARGS__
 #endif

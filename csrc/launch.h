@@ -10,7 +10,8 @@
 #define HUBERT_ECG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
-// Dynamic shared memory as an array of T. The raw array has one name and one type in every kernel, as the language wants.
+// Dynamic shared memory as an array of T. The raw array has one name and one type in every kernel, as the language
+// wants.
 #define HUBERT_ECG_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char shared_raw[]; \
   T* const name = reinterpret_cast<T*>(shared_raw)

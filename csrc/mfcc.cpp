@@ -53,9 +53,10 @@ void run(const Tensor& frames, const Tensor& window, const Tensor& circle, const
   check_mfcc<T>(frames, window, circle, bank, dct, out);
   const MfccTables<T> tables(frames, window, circle, bank, dct);
   const auto kernel = HUBERT_ECG_BEST(mfcc<T>);
-  split_frames(frames.size(0), (2 * tables.N + tables.M + tables.C) * 64, [&](int64_t begin, int64_t end, void* scratch) {
-    kernel(tables, frames.data<T>(), begin, end, scratch, out.data<T>());
-  });
+  split_frames(frames.size(0), (2 * tables.N + tables.M + tables.C) * 64,
+               [&](int64_t begin, int64_t end, void* scratch) {
+                 kernel(tables, frames.data<T>(), begin, end, scratch, out.data<T>());
+               });
 }
 
 }  // namespace

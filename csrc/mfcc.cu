@@ -12,8 +12,8 @@ constexpr int kSharedBytes = 48 << 10;
 // One warp to a frame; blockDim.x / 32 frames to a block at a time. The spectrum is a sum per bin: N is small.
 // Shared memory holds, for each frame, y [N], power [N / 2] and log_mel [M].
 template <class T>
-__global__ void mfcc_kernel(const T* frames, const T* window, const T* circle, const T* bank, const T* dct, T* out, int64_t F,
-                            int S, int N, int M, int C) {
+__global__ void mfcc_kernel(const T* frames, const T* window, const T* circle, const T* bank, const T* dct, T* out,
+                            int64_t F, int S, int N, int M, int C) {
   HUBERT_ECG_SHARED(T, shared);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   T* const y = shared + warp * (N + N / 2 + M);
@@ -25,14 +25,14 @@ __global__ void mfcc_kernel(const T* frames, const T* window, const T* circle, c
     const bool inside = first + warp < F;
     const T* const x = frames + (inside ? first + warp : F - 1) * S;
 
-    // The first sample is taken off before the mean is formed, so that a constant frame is exactly zero at any level.
+    // As on the CPU: the mean is formed less the first sample, and pre-emphasis written as a difference of neighbours.
     T sum = 0;
     for (int i = lane; i < S; i += kWarp) sum += x[i] - x[0];
     for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    const T level = sum / T(S);
+    const T mean = x[0] + sum / T(S);
     for (int i = lane; i < N; i += kWarp) {
-      const T here = i < S ? (x[i] - x[0]) - level : T(0), past = i < S ? (x[i ? i - 1 : 0] - x[0]) - level : T(0);
-      y[i] = i < S ? window[i] * (here - T(kPreemphasis) * past) : T(0);
+      const T before = i < S ? x[i ? i - 1 : 0] : mean;
+      y[i] = i < S ? window[i] * ((x[i] - before) + T(1 - kPreemphasis) * (before - mean)) : T(0);
     }
     __syncthreads();
 
@@ -69,14 +69,15 @@ void run(const Tensor& frames, const Tensor& window, const Tensor& circle, const
   check_mfcc<T>(frames, window, circle, bank, dct, out);
   const int64_t F = frames.size(0), N = circle.size(0), M = bank.size(0);
   if (F == 0) return;
-  const int64_t bytes = (N + N / 2 + M) * static_cast<int64_t>(sizeof(T)), warps = std::min<int64_t>(4, kSharedBytes / bytes);
-  HUBERT_ECG_CHECK(warps > 0, "mfcc: frames must fit the shared memory of a block, ", kSharedBytes, " bytes, got ", frames,
-                   ", which take ", bytes, "; compute them on the CPU");
+  const int64_t bytes = (N + N / 2 + M) * static_cast<int64_t>(sizeof(T)),
+                warps = std::min<int64_t>(4, kSharedBytes / bytes);
+  HUBERT_ECG_CHECK(warps > 0, "mfcc: frames must fit the shared memory of a block, ", kSharedBytes, " bytes, got ",
+                   frames, ", which take ", bytes, "; compute them on the CPU");
   const int64_t blocks = std::min<int64_t>((F + warps - 1) / warps, 1 << 16);
   HUBERT_ECG_LAUNCH(mfcc_kernel<T>, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
                     static_cast<unsigned>(warps * bytes), stream, frames.data<T>(), window.data<T>(), circle.data<T>(),
-                    bank.data<T>(), dct.data<T>(), out.data<T>(), F, static_cast<int>(frames.size(1)), static_cast<int>(N),
-                    static_cast<int>(M), static_cast<int>(dct.size(1)));
+                    bank.data<T>(), dct.data<T>(), out.data<T>(), F, static_cast<int>(frames.size(1)),
+                    static_cast<int>(N), static_cast<int>(M), static_cast<int>(dct.size(1)));
   check_cuda("mfcc", cudaGetLastError());
 }
 

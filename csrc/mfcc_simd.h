@@ -3,21 +3,19 @@
 
 namespace HUBERT_ECG_ISA {
 
-// Removes the mean, then y_i = w_i (x_i - 0.97 x_{i-1}), then zeros. The first sample is taken off before the mean is formed, so
-// that a constant frame is exactly zero at any level.
+// y_i = w_i (x_i - 0.97 x_{i-1}) of the frame less its mean, then zeros. Written as a difference of neighbours, which
+// in a smooth signal is small and exact, plus 0.03 of the sample before: the rounding is that of y, not that of x. The
+// mean is formed less the first sample, so that a constant frame is exactly zero at any level.
 template <class T>
 HUBERT_ECG_INLINE void condition(const MfccTables<T>& t, V<T>* x) {
   const V<T> base = x[0];
   V<T> sum[4] = {};
+  for (int64_t i = 0; i < t.S; ++i) sum[i % 4] += x[i] - base;
+  const V<T> mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
+  V<T> before = base;
   for (int64_t i = 0; i < t.S; ++i) {
-    x[i] -= base;
-    sum[i % 4] += x[i];
-  }
-  const V<T> mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
-  V<T> before = -mean;
-  for (int64_t i = 0; i < t.S; ++i) {
-    const V<T> here = x[i] - mean;
-    x[i] = t.window[i] * (here - T(kPreemphasis) * before);
+    const V<T> here = x[i];
+    x[i] = t.window[i] * ((here - before) + T(1 - kPreemphasis) * (before - mean));
     before = here;
   }
   for (int64_t i = t.S; i < t.N; ++i) x[i] = V<T>{};
@@ -62,7 +60,8 @@ HUBERT_ECG_INLINE void cosines(const MfccTables<T>& t, const V<T>* log_mel, V<T>
 
 // Frames [begin, end), a tile of lanes at a time.
 template <class T>
-HUBERT_ECG_TARGET static void mfcc(const MfccTables<T>& t, const T* frames, int64_t begin, int64_t end, void* scratch, T* out) {
+HUBERT_ECG_TARGET static void mfcc(const MfccTables<T>& t, const T* frames, int64_t begin, int64_t end, void* scratch,
+                                   T* out) {
   V<T>*const x = static_cast<V<T>*>(scratch), *const X = x + t.N, *const mel = X + t.N, *const cepstrum = mel + t.M;
   for (int64_t f = begin; f < end; f += Simd<T>::width) {
     const int64_t count = std::min<int64_t>(Simd<T>::width, end - f);

@@ -15,7 +15,8 @@ struct type_caster<hubert_ecg::Tensor> {
   PYBIND11_TYPE_CASTER(hubert_ecg::Tensor, const_name("DLPackCapsule"));
   bool load(handle source, bool) {
     if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
-    value = hubert_ecg::Tensor(static_cast<const hubert_ecg::DLTensor*>(PyCapsule_GetPointer(source.ptr(), "dltensor")));
+    value =
+        hubert_ecg::Tensor(static_cast<const hubert_ecg::DLTensor*>(PyCapsule_GetPointer(source.ptr(), "dltensor")));
     return true;
   }
 };

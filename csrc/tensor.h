@@ -83,8 +83,8 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-#define HUBERT_ECG_CHECK(condition, ...)              \
-  do {                                                \
+#define HUBERT_ECG_CHECK(condition, ...)               \
+  do {                                                 \
     if (!(condition)) ::hubert_ecg::fail(__VA_ARGS__); \
   } while (0)
 

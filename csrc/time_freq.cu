@@ -111,7 +111,8 @@ __global__ void time_freq_kernel(const T* frames, const T* circle, T* out, int64
                                              total,
                                              total / n,
                                              spread};
-      for (int d = 0; d < kTimeFreqFeatures; ++d) out[(first + warp) * kTimeFreqFeatures + d] = features[d] + not_finite;
+      for (int d = 0; d < kTimeFreqFeatures; ++d)
+        out[(first + warp) * kTimeFreqFeatures + d] = features[d] + not_finite;
     }
     __syncthreads();
   }
@@ -122,7 +123,8 @@ void run(const Tensor& frames, const Tensor& circle, const Tensor& out, intptr_t
   check_time_freq<T>(frames, circle, out);
   const int64_t F = frames.size(0), S = frames.size(1);
   if (F == 0) return;
-  const int64_t bytes = (S + S / 2 + 1) * static_cast<int64_t>(sizeof(T)), warps = std::min<int64_t>(4, kSharedBytes / bytes);
+  const int64_t bytes = (S + S / 2 + 1) * static_cast<int64_t>(sizeof(T)),
+                warps = std::min<int64_t>(4, kSharedBytes / bytes);
   HUBERT_ECG_CHECK(warps > 0, "time_freq: frames must fit the shared memory of a block, ", kSharedBytes, " bytes, got ",
                    frames, ", which take ", bytes, "; compute them on the CPU");
   const int64_t blocks = std::min<int64_t>((F + warps - 1) / warps, 1 << 16);

@@ -8,8 +8,9 @@ constexpr int kTimeFreqFeatures = 16;
 constexpr double kFlat = 1e-6;
 constexpr double kCrestEpsilon = 1e-9;
 
-// Statistics of each row of `frames`, and of its power spectrum |X_k|^2 / S over all S bins: min, max, mean, rms, variance, std,
-// power, peak, peak to peak, crest, skewness, kurtosis; max, sum, mean, variance. A frame that is not finite gives NaN.
+// Statistics of each row of `frames`, and of its power spectrum |X_k|^2 / S over all S bins: min, max, mean, rms,
+// variance, std, power, peak, peak to peak, crest, skewness, kurtosis; max, sum, mean, variance. A frame that is not
+// finite gives NaN.
 //   frames [F, S] float or double, circle [S, 2]: cos and sin of 2 pi j / S, out [F, 16] (written)
 void time_freq_cpu(Tensor frames, Tensor circle, Tensor out);
 void time_freq_cuda(Tensor frames, Tensor circle, Tensor out, intptr_t stream);

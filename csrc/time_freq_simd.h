@@ -9,8 +9,8 @@ HUBERT_ECG_INLINE V<T> square_root(V<T> x) {
   return x;
 }
 
-// Features 0 to 11; leaves the frame less its mean in x. The first sample is taken off before the mean is formed, so that a
-// constant frame has no variance at any level.
+// Features 0 to 11; leaves the frame less its mean in x. The first sample is taken off before the mean is formed, so
+// that a constant frame has no variance at any level.
 template <class T>
 HUBERT_ECG_INLINE void moments(int64_t S, V<T>* x, V<T>* feature) {
   const T n = static_cast<T>(S);
@@ -34,7 +34,8 @@ HUBERT_ECG_INLINE void moments(int64_t S, V<T>* x, V<T>* feature) {
     third += v2 * v;
     fourth += v2 * v2;
   }
-  const V<T> power = squares / n, rms = square_root<T>(power), variance = second / n, deviation = square_root<T>(variance);
+  const V<T> power = squares / n, rms = square_root<T>(power), variance = second / n,
+             deviation = square_root<T>(variance);
   const V<T> peak = high > -low ? high : -low;
   const auto flat = deviation <= T(kFlat) * peak;
   feature[0] = low + not_finite;
@@ -79,8 +80,8 @@ HUBERT_ECG_INLINE void spectrum(int64_t S, const V<T>* X, V<T>* p, V<T>* feature
 
 // Frames [begin, end), a tile of lanes at a time.
 template <class T>
-HUBERT_ECG_TARGET static void time_freq(const RealFft& fft, const T* circle, const T* frames, int64_t begin, int64_t end,
-                                        void* scratch, T* out) {
+HUBERT_ECG_TARGET static void time_freq(const RealFft& fft, const T* circle, const T* frames, int64_t begin,
+                                        int64_t end, void* scratch, T* out) {
   const int64_t S = fft.n;
   V<T>*const x = static_cast<V<T>*>(scratch), *const X = x + S, *const feature = X + S;
   for (int64_t f = begin; f < end; f += Simd<T>::width) {

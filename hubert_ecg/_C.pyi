@@ -1,4 +1,5 @@
-"""Kernels. Tensors are DLPack capsules; outputs come last and are written in place. csrc/<stem>.h says what each wants."""
+# ruff: noqa: N999
+"""Kernels. Tensors are DLPack capsules; outputs come last and are written in place. See csrc/<stem>.h."""
 
 from typing import Any
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 import sys
 import typing
@@ -63,7 +64,7 @@ def parse(command: str, argv: Sequence[str]) -> Any:
         known = parser.parse_args(_spell_out_switches(cls, argv))
         preset = getattr(known, "preset", None)
         if preset:
-            parser.set_defaults(configs.PRETRAIN_PRESETS[preset])  # type: ignore[arg-type]
+            parser.set_defaults(configs.PRETRAIN_PRESETS[preset])
             known = parser.parse_args(_spell_out_switches(cls, argv))
     except ArgumentError as error:
         raise configs.UserError(f"{_explain(error, cls)} (hubert-ecg {command} --help lists the flags)") from None
@@ -74,6 +75,8 @@ def parse(command: str, argv: Sequence[str]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 when the user can mend what went wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch loads: threads that wait let the ones that read ahead have the core instead of spinning on it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hubert-ecg <command> [flags]\n")
         for name, command in COMMANDS.items():
@@ -93,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except configs.UserError as error:
         print(f"hubert-ecg: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("hubert-ecg: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -318,7 +318,7 @@ class KMeans:
                 row = first + int((~row_is_finite).nonzero()[0])
                 raise ValueError(f"{op}: x must be finite, got NaN or infinity in row {row}; drop or fill such rows")
         if self.normalize:
-            points = torch.nn.functional.normalize(points, dim=1, eps=torch.finfo(points.dtype).tiny)
+            points = _unit_rows(points)
         return points.contiguous()
 
     def _fitted(self, op: str) -> np.ndarray:
@@ -471,6 +471,18 @@ def scores(
     }
 
 
+def _unit_rows(points: Tensor) -> Tensor:
+    """Rows scaled to length 1, however short or long they are; a row of zeros stays."""
+    unit = torch.empty_like(points)
+    for first in range(0, len(points) if points.shape[1] else 0, _ROWS):
+        rows = points[first : first + _ROWS].double()
+        largest = rows.abs().amax(1, keepdim=True)
+        rows = rows / largest.where(largest > 0, 1)
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        unit[first : first + _ROWS] = rows / length.where(length > 0, 1)
+    return unit
+
+
 def _accumulate(points: Tensor, weight: Tensor | None, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weighted sums ``[K, D]`` and total weights ``[K]``, float64."""
     if weight is None:
@@ -537,7 +549,7 @@ def _squared_distances(points: Tensor, centers: Tensor, labels: Tensor) -> Any:
 
 def _inertia(points: Tensor, centers: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
     parts = _squared_distances(points, centers, labels)
-    return sum((d if weight is None else d * weight[rows]).sum() for d, rows in parts)  # type: ignore[return-value]
+    return sum((d if weight is None else d * weight[rows]).sum() for d, rows in parts)
 
 
 def _mean_variance(points: Tensor) -> float:

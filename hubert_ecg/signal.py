@@ -150,12 +150,38 @@ def decimate_flattened(ecg: Any, factor: int) -> Any:
     Raises:
         ValueError: another shape, or fewer than 3 or ``factor`` samples in a lead.
     """
-    name = "decimate_flattened"
-    _check_leads(ecg, name, "ecg")
-    factor = _check_count(factor, f"{name}: factor")
-    if ecg.shape[-1] < max(3, factor):
-        raise ValueError(f"{name}: ecg must hold at least {max(3, factor)} samples in a lead, got {ecg.shape[-1]}")
+    factor = _check_decimation(ecg, factor, "decimate_flattened", 3)
     return _decimate_flattened(ecg.detach().to(torch.float64), factor).to(torch.float32)
+
+
+@takes_arrays("ecg")
+def decimate_leads(ecg: Any, factor: int) -> Any:
+    """Decimates each lead by itself, as the published features saw them.
+
+    Args:
+        ecg: ``[12, n]`` or ``[B, 12, n]`` at 500 Hz, already cropped; of each lead the last ``n % factor`` samples are
+            dropped.
+        factor: Decimation factor; 1 returns the leads as they are.
+
+    Returns:
+        ``[..., 12, n // factor]`` float32, the kind of array and the device that were given.
+
+    Raises:
+        ValueError: another shape, or fewer than 28 or ``factor`` samples in a lead.
+    """
+    factor = _check_decimation(ecg, factor, "decimate_leads", 28)
+    num = ecg.shape[-1] // factor * factor
+    return _decimate(ecg.detach()[..., :num].to(torch.float64), factor).to(torch.float32)
+
+
+def _check_decimation(ecg: torch.Tensor, factor: Any, function: str, fewest: int) -> int:
+    _check_leads(ecg, function, "ecg")
+    factor = _check_count(factor, f"{function}: factor")
+    if ecg.shape[-1] < max(fewest, factor):
+        raise ValueError(
+            f"{function}: ecg must hold at least {max(fewest, factor)} samples in a lead, got {ecg.shape[-1]}"
+        )
+    return factor
 
 
 def _check_leads(x: torch.Tensor, function: str, argument: str) -> None:
@@ -399,15 +425,16 @@ def _resample(x: torch.Tensor, num: int) -> torch.Tensor:
 
 
 def _decimate_flattened(x: torch.Tensor, factor: int) -> torch.Tensor:
+    num = x.shape[-1] // factor
+    return _decimate(x[..., : num * factor].flatten(-2), factor).unflatten(-1, (len(LEADS), num))
+
+
+def _decimate(x: torch.Tensor, factor: int) -> torch.Tensor:
     if factor == 1:
         return x
-    num = x.shape[-1] // factor
-    flat = x[..., : num * factor].flatten(-2)
-    if flat.device.type == "cpu":
-        thin = torch.from_numpy(np.ascontiguousarray(scipy.signal.decimate(flat.numpy(), factor)))
-    else:
-        thin = _forward_backward(flat, *_anti_alias(factor))[..., ::factor]
-    return thin.unflatten(-1, (len(LEADS), num))
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.ascontiguousarray(scipy.signal.decimate(x.numpy(), factor)))
+    return _forward_backward(x, *_anti_alias(factor))[..., ::factor]
 
 
 @functools.lru_cache(maxsize=16)

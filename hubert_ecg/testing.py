@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: str = "output") -> None:
-    """Asserts that tensors, or tuples of them, are equal within ``atol + rtol |expected|``; integers exactly, NaN where NaN is.
+    """Asserts that tensors, or tuples of them, are equal within ``atol + rtol |expected|``: integers exactly, NaN to NaN.
 
     Raises:
         AssertionError: naming the tensor, its worst element, and both values there.
@@ -46,16 +46,13 @@ def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside the block, ``torch.empty`` and its like hold NaN, or the largest integer: whoever forgets to write is found out."""
+    """Inside the block, ``torch.empty`` and its like hold NaN, or the largest integer: what is never written shows."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # which fills what it does not initialise
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def strided(x: Tensor) -> Tensor:
@@ -90,7 +87,8 @@ def torchaudio_parts() -> types.SimpleNamespace:
     package = types.ModuleType("torchaudio")
     package.functional = functional  # type: ignore[attr-defined]
     spec = importlib.util.spec_from_file_location("_torchaudio_kaldi", root / "compliance" / "kaldi.py")
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"torchaudio has no compliance/kaldi.py in {root}")
     kaldi = importlib.util.module_from_spec(spec)
     before = sys.modules.get("torchaudio")
     sys.modules["torchaudio"] = package
@@ -105,7 +103,7 @@ def torchaudio_parts() -> types.SimpleNamespace:
 
 
 def torchaudio_mfcc(kaldi: Any, frames: Tensor, sample_rate_hz: float = 100.0, **options: Any) -> Tensor:
-    """torchaudio's coefficients of ``frames`` [F, S] in one call: the frames joined, and ``frame_shift`` their length."""
+    """Coefficients of ``frames`` [F, S] by one call of torchaudio: the frames joined, and ``frame_shift`` their length."""
     # A hundredth of a sample more, because torchaudio cuts the number of samples off to a whole one.
     length_ms = (frames.shape[-1] + 0.01) / sample_rate_hz * 1000
     return kaldi.mfcc(

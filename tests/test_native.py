@@ -15,7 +15,9 @@ from hubert_ecg.ops import OPS
 def symbols(*flags):
     if not sys.platform.startswith("linux") or shutil.which("nm") is None:
         pytest.skip("needs nm (binutils)")
-    return subprocess.run(["nm", "-D", "-C", *flags, native._C.__file__], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["nm", "-D", "-C", *flags, native._C.__file__], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_is_loaded():

@@ -11,7 +11,7 @@ import scipy.signal
 import torch
 
 from hubert_ecg import signal
-from hubert_ecg.signal import LEADS, decimate_flattened, prepare_ecg_for_inference
+from hubert_ecg.signal import LEADS, decimate_flattened, decimate_leads, prepare_ecg_for_inference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +118,19 @@ def test_forward_backward_is_filtfilt_of_short_and_recursive_filters():
         # What a GPU computes, where SciPy does not reach.
         ours = signal._forward_backward(record.flatten(), *signal._anti_alias(factor))[::factor]
         np.testing.assert_allclose(ours, scipy.signal.decimate(record.numpy().ravel(), factor), rtol=0, atol=1e-10)
+
+
+def test_decimate_leads_keeps_each_lead_to_itself():
+    batch = np.random.default_rng(3).standard_normal((2, 12, 2503)).astype(np.float32)
+    expected = scipy.signal.decimate(batch[..., :2500].astype(np.float64), 5)
+    np.testing.assert_allclose(decimate_leads(batch, 5), expected, atol=1e-6)
+    other = batch.copy()
+    other[:, 4] += 100
+    untouched = [lead for lead in range(12) if lead != 4]
+    np.testing.assert_array_equal(decimate_leads(other, 5)[:, untouched], decimate_leads(batch, 5)[:, untouched])
+    assert np.array_equal(decimate_leads(batch, 1), batch)
+    with pytest.raises(ValueError, match="^decimate_leads: ecg must hold at least 28 samples in a lead, got 20"):
+        decimate_leads(batch[..., :20], 5)
 
 
 def test_decimate_flattened_crosses_the_borders_of_leads_and_drops_what_is_left_over():

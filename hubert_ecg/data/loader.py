@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hubert_ecg.data.store import Store
-from hubert_ecg.signal import decimate_flattened
+from hubert_ecg.signal import decimate_flattened, decimate_leads
 
 Crop = Literal["random", "first", "even"]
 
@@ -29,12 +29,15 @@ class Batch:
         lengths: Valid samples per lead, ``[B] int64``.
         index: Positions of the records in the store, ``[B] int64``.
         present: Leads that were measured or derived, ``[B, 12] bool``.
+        leads: What features are computed from: ``ecg``, or with published preprocessing the same crops with each lead
+            decimated by itself, ``[B, 12, T] float32``.
     """
 
     ecg: torch.Tensor
     lengths: torch.Tensor
     index: torch.Tensor
     present: torch.Tensor
+    leads: torch.Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -138,8 +141,9 @@ class Loader:
     def _batch(self, records: np.ndarray, starts: np.ndarray) -> Batch:
         rows = np.repeat(records, self.num_crops)
         ecg, lengths = self.store.gather(rows, starts[:, records].T.reshape(-1), self.num_samples * self._decimation)
-        signal = torch.from_numpy(ecg)
+        signal = leads = torch.from_numpy(ecg)
         if self._decimation > 1:
+            leads = decimate_leads(signal, self._decimation)
             signal = decimate_flattened(signal, self._decimation)
             lengths = -(-lengths // self._decimation)
         return Batch(
@@ -147,6 +151,7 @@ class Loader:
             torch.from_numpy(lengths),
             torch.from_numpy(rows),
             torch.from_numpy(self.store.present(rows)),
+            leads,
         )
 
     def _starts(self, epoch: int) -> np.ndarray:

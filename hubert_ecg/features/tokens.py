@@ -88,7 +88,7 @@ def token_geometry(sample_rate_hz: float) -> TokenGeometry:
 
 
 def corrected_frames(ecg: torch.Tensor, sample_rate_hz: int) -> Frames:
-    """The ``stride`` samples amid each token's receptive field; a frame belongs to the lead that holds most of it."""
+    """The ``stride`` samples amid each token's receptive field; a frame belongs to the lead that its middle lies in."""
     geometry = token_geometry(sample_rate_hz)
     num_tokens = geometry.num_tokens(ecg.shape[-1])
     start = (geometry.receptive_field - geometry.stride) // 2

@@ -1,12 +1,12 @@
 """An op is one object: its schema, its reference, and the backends that must agree with it.
 
-Dispatch, tests, benchmarks and ``hubert-ecg info`` all walk :data:`OPS`, so a new op or backend is found by all of them.
+Dispatch, tests, benchmarks and ``hubert-ecg info`` all walk :data:`OPS`, so each finds a new op or backend by itself.
 
 The module of the reference, ``<stem>_reference.py``, says for each of its ops how the op is tested:
 
 * ``<op>(...)``: the plain PyTorch truth, for any float dtype and any strides;
-* ``<op>_samples(device)``: argument tuples of the op (float32 where floating; the tests make float64 and strided ones of them),
-  an empty batch, odd sizes and hostile values among them;
+* ``<op>_samples(device)``: argument tuples of the op (float32 where floating; the tests make float64 and strided ones
+  of them), an empty batch, odd sizes and hostile values among them;
 * ``<op>_tolerance``: ``{dtype: (rtol, atol)}`` of the floating outputs against the reference in float64;
 * ``<op>_errors()``: pairs of arguments that the public function must refuse, and a pattern of what it says.
 """
@@ -113,8 +113,8 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
     """Lets a function of tensors take NumPy, CuPy and torch arrays, and give back the kind it got.
 
     The arguments called ``names`` reach the function as tensors that share memory with what was given (read-only memory
-    maps too: the function must not write to them), or as None where None was given. The tensors that it returns, alone or
-    in a tuple, leave as arrays of the kind of the first named argument.
+    maps too: the function must not write to them), or as None where None was given. The tensors that it returns, alone
+    or in a tuple, leave as arrays of the kind of the first named argument.
 
     ```python
     @takes_arrays("x", "centroids")
@@ -123,7 +123,7 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
     ```
 
     Raises:
-        ValueError: a named argument is no such array: ``<function>: <argument> must be a NumPy, CuPy or torch array, got ...``.
+        ValueError: a named argument is no such array: ``<function>: <argument> must be a NumPy, CuPy or torch array``.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

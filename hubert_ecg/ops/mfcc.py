@@ -78,5 +78,12 @@ def _(kernel, frames, sample_rate_hz=100.0, low_hz=20.0, high_hz=0.0, num_mel=23
     window, bank, dct = reference.tables(S, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc, *place)
     out = frames.new_empty(*frames.shape[:-1], num_mfcc)
     if out.numel():
-        kernel(frames.reshape(-1, S).contiguous(), window, unit_circle(2 * bank.shape[1], *place), bank, dct, out.view(-1, num_mfcc))
+        kernel(
+            frames.reshape(-1, S).contiguous(),
+            window,
+            unit_circle(2 * bank.shape[1], *place),
+            bank,
+            dct,
+            out.view(-1, num_mfcc),
+        )
     return out

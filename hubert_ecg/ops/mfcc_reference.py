@@ -28,11 +28,12 @@ def mfcc(
     if not frames.numel():  # some builds of torch.fft refuse an empty batch
         return frames.new_empty(*frames.shape[:-1], num_mfcc)
     window, bank, dct = tables(S, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc, frames.dtype, frames.device)
-    # Less the first sample before less the mean: a constant frame is then exactly zero at any level.
-    centred = frames - frames[..., :1]
-    centred = centred - centred.mean(-1, keepdim=True)
-    before = torch.cat([centred[..., :1], centred[..., :-1]], -1)
-    spectrum = torch.fft.rfft((centred - PREEMPHASIS * before) * window, 2 * bank.shape[1])[..., :-1]
+    # The mean is formed less the first sample, so that a constant frame is exactly zero at any level. Pre-emphasis is
+    # written as a difference of neighbours, small and exact in a smooth signal: it rounds the result, not the samples.
+    mean = frames[..., :1] + (frames - frames[..., :1]).mean(-1, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], -1)
+    emphasised = (frames - before) + (1 - PREEMPHASIS) * (before - mean)
+    spectrum = torch.fft.rfft(emphasised * window, 2 * bank.shape[1])[..., :-1]
     energies = (spectrum.real**2 + spectrum.imag**2) @ bank.T
     return torch.where(energies < ENERGY_FLOOR, ENERGY_FLOOR, energies).log() @ dct
 
@@ -48,7 +49,7 @@ def tables(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Window [S], mel filters [M, N / 2] over the bins of a transform of the N >= S samples, and cosines x lifter [M, C].
+    """Window [S], mel filters [M, N / 2] over the bins of a transform of N >= S samples, cosines times lifter [M, C].
 
     The filters and the cosines are float32 numbers, operation by operation those of torchaudio: filters built in float64
     move coefficients by more than 1e-3.
@@ -69,13 +70,24 @@ def tables(
     dct[:, 0] = math.sqrt(1.0 / num_mel)
     lifter = 1.0 + LIFTER / 2 * torch.sin(math.pi * c / LIFTER)
 
-    place = {"device": device, "dtype": dtype}
-    return window.to(**place), bank.to(**place), (dct.double() * lifter.double()).to(**place)
+    return window.to(device, dtype), bank.to(device, dtype), (dct.double() * lifter.double()).to(device, dtype)
 
 
 def mfcc_samples(device: str) -> Iterator[tuple[Any, ...]]:
     random = torch.Generator().manual_seed(0)
-    for shape in [(93, 64), (1, 32), (5, 322), (0, 64), (3, 0, 64), (2, 3, 33), (64,), (17, 65), (19, 3), (7, 2), (2, 1000)]:
+    for shape in [
+        (93, 64),
+        (1, 32),
+        (5, 322),
+        (0, 64),
+        (3, 0, 64),
+        (2, 3, 33),
+        (64,),
+        (17, 65),
+        (19, 3),
+        (7, 2),
+        (2, 1000),
+    ]:
         yield (torch.randn(shape, generator=random).to(device),)
     time = torch.arange(93 * 64) / 100
     beat = 1.2 * torch.exp(-(((time % 0.8) - 0.4) ** 2) / 2e-4) + 0.2 * torch.sin(2 * math.pi * 1.25 * time)
@@ -107,7 +119,10 @@ def mfcc_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, 0), r"mfcc: sample_rate_hz must be positive, got 0"
     yield (x, 100, 50), r"mfcc: low_hz must be in \[0, 50\).*, got 50"
     yield (x, 100, -1), r"mfcc: low_hz must be in \[0, 50\).*, got -1"
-    yield (x, 100, 20, 51), r"mfcc: high_hz must be above low_hz \(20 Hz\) and at most half the sampling rate \(50 Hz\).*, got 51"
+    yield (
+        (x, 100, 20, 51),
+        r"mfcc: high_hz must be above low_hz \(20 Hz\) and at most half the sampling rate \(50 Hz\).*, got 51",
+    )
     yield (x, 100, 20, 20), r"mfcc: high_hz must be above low_hz .*, got 20"
     yield (x, 100, 20, -40), r"mfcc: high_hz must be above low_hz .*, got -40"
     yield (x, 100, 20, 0, 3), r"mfcc: num_mel must be at least 4, got 3"

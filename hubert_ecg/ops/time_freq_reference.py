@@ -44,7 +44,20 @@ def time_freq(frames: Tensor) -> Tensor:
 
 def time_freq_samples(device: str) -> Iterator[tuple[Any, ...]]:
     random = torch.Generator().manual_seed(0)
-    for shape in [(93, 64), (1, 32), (5, 322), (0, 64), (3, 0, 64), (2, 3, 33), (64,), (17, 45), (19, 3), (7, 2), (5, 1), (2, 320)]:
+    for shape in [
+        (93, 64),
+        (1, 32),
+        (5, 322),
+        (0, 64),
+        (3, 0, 64),
+        (2, 3, 33),
+        (64,),
+        (17, 45),
+        (19, 3),
+        (7, 2),
+        (5, 1),
+        (2, 320),
+    ]:
         yield (torch.randn(shape, generator=random).to(device),)
     for num_samples in (64, 63, 322):
         # Flat at several levels, and a flat frame with one spike.

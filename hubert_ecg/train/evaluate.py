@@ -173,7 +173,7 @@ def labelled_records(
 def examples(found: Assessment) -> list[EcgExample]:
     """A few recordings to show: each next one is the first with a label that was not shown yet."""
     shown: set[str] = set()
-    chosen = []
+    chosen: list[EcgExample] = []
     for position, target, score in zip(found.records, found.targets, found.scores, strict=True):
         labels = {name for name, value in zip(found.label_names, target, strict=True) if value == 1}
         if len(chosen) == _NUM_EXAMPLES or not labels - shown:

@@ -47,9 +47,14 @@ class TokenFeatures:
         if path.suffix == ".pkl":
             plain_pickle.dump(vars(self), path)
             return
-        arrays = {"features": self.features, "valid": self.valid, "record_ids": np.array(self.record_ids)}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays, settings=np.array(json.dumps(self.settings)))
+            np.savez(
+                file,
+                features=self.features,
+                valid=self.valid,
+                record_ids=np.array(self.record_ids),
+                settings=np.array(json.dumps(self.settings)),
+            )
 
     @classmethod
     def load(cls, path: Path) -> TokenFeatures:
@@ -96,9 +101,11 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
         store, store.split("all"), _BATCH, crop_s=config.crop_s, crop="first", num_workers=config.num_workers
     )
     values, valid = [], []
-    batches = track(loader.batches(), f"{config.feature_type} features", len(loader), Console(stderr=True))
+    batches = track(
+        loader.batches(), f"{config.feature_type} features", len(loader), console=Console(stderr=True), transient=True
+    )
     for batch in batches:
-        x = features.extract(batch.ecg.to(device), config.feature_type, compat=config.compat, sample_rate_hz=rate)
+        x = features.extract(batch.leads.to(device), config.feature_type, compat=config.compat, sample_rate_hz=rate)
         values.append(x.cpu().numpy())
         valid.append(token_mask(shape, lead_lengths(batch), batch.ecg.shape[-1]).numpy())
     result = TokenFeatures(

@@ -229,7 +229,7 @@ class MaskedPrediction(Objective):
         """Crops, their clusters, valid samples of each lead, and the mask drawn for this key."""
         ecg = batch.ecg.to(self.device, non_blocking=True)
         lengths = lead_lengths(batch)
-        labels = self.pseudo_labels(ecg)
+        labels = self.pseudo_labels(batch.leads.to(self.device, non_blocking=True))
         num_samples = ecg.shape[-1]
         # Without padding the mask is drawn without a look at validity: no copy to the device, and a shorter sort.
         padded = bool((lengths < num_samples).any())

@@ -62,7 +62,7 @@ def token_features(
     parts = []
     for batch in loader.batches(0):
         x = features.extract(
-            batch.ecg.to(device), config.feature_type, compat=config.compat, sample_rate_hz=model.sampling_rate_hz
+            batch.leads.to(device), config.feature_type, compat=config.compat, sample_rate_hz=model.sampling_rate_hz
         )
         parts.append(x[token_mask(model, lead_lengths(batch), batch.ecg.shape[-1]).to(device)])
     return torch.cat(parts)

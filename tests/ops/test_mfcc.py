@@ -1,6 +1,6 @@
-"""Coefficients are Kaldi's: as stored from torchaudio, as torchaudio and kaldi-native-fbank compute them where installed.
+"""Coefficients are Kaldi's: as stored from torchaudio, and as torchaudio and kaldi-native-fbank give them here.
 
-The stored ones are made by running this file beside torchaudio: pip install --no-deps torchaudio && python tests/ops/test_mfcc.py
+The stored ones are made by running this file: pip install --no-deps torchaudio && python tests/ops/test_mfcc.py
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ CASES = [
 
 
 def golden_frames(num_samples):
-    """Three frames [3, S] float64 from a formula: a chirp, a spike on a slope, a constant."""
+    """Three frames [3, S] float64 of float32 numbers: a rough wave, a spike on a slope, a constant."""
     i = torch.arange(num_samples, dtype=torch.float64)
-    return torch.stack([torch.sin(0.37 * i) + torch.sin(0.011 * i**2), 0.01 * i + 2.0 * (i == 7), 0 * i + 0.7])
+    frames = torch.stack([torch.sin(0.37 * i) + (7919 * i % 101) / 101, 0.01 * i + 2.0 * (i == 7), 0 * i + 0.7])
+    return frames.float().double()
 
 
 def write_golden():

@@ -49,7 +49,9 @@ def test_is_finite_on_flat_frames(num_samples, dtype, backend):
     skewness, kurtosis = TIME_FREQ_NAMES.index("skewness"), TIME_FREQ_NAMES.index("kurtosis")
     assert (got[:, [skewness, kurtosis]] == 0).all()
     np.testing.assert_allclose(got[:5, TIME_FREQ_NAMES.index("mean")], level, rtol=1e-6)
-    np.testing.assert_allclose(got[:5, TIME_FREQ_NAMES.index("spectrum_max")], num_samples * level.astype(float) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        got[:5, TIME_FREQ_NAMES.index("spectrum_max")], num_samples * level.astype(float) ** 2, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

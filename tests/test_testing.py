@@ -1,0 +1,46 @@
+"""The instruments of the other tests can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hubert_ecg.testing import assert_close, poisoned_memory, strided
+
+
+def test_assert_close_names_the_tensor_and_its_worst_element():
+    expected = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    actual = expected.clone()
+    actual[1, 0] += 0.5
+    with pytest.raises(
+        AssertionError, match=r"^gradient\[1\]\[1, 0\]: got 3.5, expected 3.0 .* 1 of 4 elements are off$"
+    ):
+        assert_close((expected, actual), (expected, expected), rtol=0, atol=0.4, name="gradient")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_assert_close_tells_what_is_no_number_from_what_is(value):
+    x, y = torch.tensor([value, 1.0]), torch.tensor([0.0, 1.0])
+    assert_close(x, x.clone(), rtol=0, atol=0)
+    for actual, expected in ((x, y), (y, x)):
+        with pytest.raises(AssertionError, match=r"^output\[0\]"):
+            assert_close(actual, expected, rtol=1, atol=1e30)
+
+
+def test_assert_close_takes_integers_at_their_word():
+    x = torch.tensor([2**53, 7])
+    with pytest.raises(AssertionError, match="1 of 2"):
+        assert_close(x + torch.tensor([0, 1]), x, rtol=1, atol=1)
+
+
+def test_poisoned_memory_is_poisoned():
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+        assert (torch.ones(3, dtype=torch.int64).new_empty(1000) == torch.iinfo(torch.int64).max).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_strided_is_equal_and_apart():
+    x = torch.arange(6.0).reshape(2, 3)
+    assert strided(x).equal(x)
+    assert not strided(x).is_contiguous()
