@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: str = "output") -> None:
-    """Asserts that tensors, or tuples of them, are equal within ``atol + rtol |expected|``: integers exactly, NaN to NaN.
+    """Asserts that tensors, or tuples of them, are equal within ``atol + rtol |expected|``; integers exactly.
 
     Raises:
         AssertionError: naming the tensor, its worst element, and both values there.
@@ -103,7 +103,7 @@ def torchaudio_parts() -> types.SimpleNamespace:
 
 
 def torchaudio_mfcc(kaldi: Any, frames: Tensor, sample_rate_hz: float = 100.0, **options: Any) -> Tensor:
-    """Coefficients of ``frames`` [F, S] by one call of torchaudio: the frames joined, and ``frame_shift`` their length."""
+    """Coefficients of ``frames`` [F, S] by one call of torchaudio: frames joined, ``frame_shift`` their length."""
     # A hundredth of a sample more, because torchaudio cuts the number of samples off to a whole one.
     length_ms = (frames.shape[-1] + 0.01) / sample_rate_hz * 1000
     return kaldi.mfcc(

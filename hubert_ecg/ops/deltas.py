@@ -17,7 +17,7 @@ def deltas(x: Array, lengths: Array | Sequence[int] | None = None, window: int =
     """The slope of each feature along the frames of its lead, by regression over ``window`` frames.
 
     ``out[f] = sum_k k (x[f + k] - x[f - k]) / (2 sum_k k^2)`` for ``k`` in ``1 .. (window - 1) / 2``, with the
-    first and the last frame of a lead repeated beyond its ends. Equal to ``torchaudio.functional.compute_deltas`` of each lead.
+    first and the last frame of a lead repeated beyond its ends: ``torchaudio.functional.compute_deltas`` lead by lead.
 
     >>> deltas(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), lengths=[3, 1], window=3).flatten()
     tensor([0.5000, 1.0000, 0.5000, 0.0000])

@@ -51,8 +51,8 @@ def tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Window [S], mel filters [M, N / 2] over the bins of a transform of N >= S samples, cosines times lifter [M, C].
 
-    The filters and the cosines are float32 numbers, operation by operation those of torchaudio: filters built in float64
-    move coefficients by more than 1e-3.
+    The filters and the cosines are float32 numbers, operation by operation those of torchaudio: filters built in
+    float64 move coefficients by more than 1e-3.
     """
     window = torch.hann_window(num_samples, periodic=False, dtype=torch.float64).pow(0.85)
 

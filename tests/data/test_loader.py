@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hubert_ecg.data import Loader
-from hubert_ecg.signal import decimate_flattened
+from hubert_ecg.signal import decimate_flattened, decimate_leads
 
 
 def epoch(loader, number=0, start=0):
@@ -83,6 +83,7 @@ def test_published_crops_are_decimated_across_leads(published):
     (batch,) = epoch(Loader(published, np.array([0, 2]), 2, crop_s=5.0, crop="first"))
     assert batch.ecg.shape == (2, 12, 500)
     crop, _ = published.gather(np.array([0, 2]), None, 2500)
+    np.testing.assert_array_equal(batch.leads, decimate_leads(crop, 5))
     torch.testing.assert_close(batch.ecg, torch.from_numpy(decimate_flattened(crop, 5)), rtol=0, atol=0)
     assert batch.lengths.tolist() == [500, 300]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import os
 import subprocess
@@ -124,6 +125,15 @@ def test_refuses_bad_input_in_its_own_words(op):
     for args, pattern in errors:
         with pytest.raises(ValueError, match=rf"^{pattern}"):
             public(*args)
+
+
+@every_op
+def test_docstring_shows_what_it_computes(op):
+    public = getattr(ops, op.name)
+    examples = doctest.DocTestFinder(recurse=False).find(public, op.name, globs={"torch": torch, op.name: public})
+    results = [doctest.DocTestRunner().run(example) for example in examples]
+    assert sum(result.attempted for result in results), f"{op.name} shows no example"
+    assert not sum(result.failed for result in results)
 
 
 @every_op
