@@ -14,9 +14,21 @@ from hubert_ecg.config import DemoConfig, EvaluateConfig, FinetuneConfig, Pretra
 from hubert_ecg.train.evaluate import Assessment, assess, example, examples, versions
 
 # Chosen so that two cores finish within the README's time, and the comparison shows what pretraining is for.
-PRETRAIN: dict[str, Any] = {"size": "tiny", "max_steps": 400, "batch_size": 32, "learning_rate": 2e-3, "mask_prob": 0.33}
-FINETUNE: dict[str, Any] = {"batch_size": 32, "learning_rate": 1e-3, "freeze_extractor": False, "patience": 0, "num_crops": 2}
-ALL_LABELS_STEPS = 300
+PRETRAIN: dict[str, Any] = {
+    "size": "tiny",
+    "max_steps": 400,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "mask_prob": 0.33,
+}
+FINETUNE: dict[str, Any] = {
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "freeze_extractor": False,
+    "patience": 0,
+    "num_crops": 2,
+}
+ALL_LABELS_STEPS = 200
 FEW_LABELS_STEPS = 100
 FEW_LABELS_SHARE = 0.1
 _PREFERRED_TASKS = ("diag_superclass", "all")

@@ -14,8 +14,8 @@ from typing import Any
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write beside ``path``, which takes its place, durably, when the block ends well.
 
-    Until then ``path`` holds what it held before, also after a crash; a block that raises leaves nothing behind. Missing
-    parent folders are made.
+    Until then ``path`` holds what it held before, also after a crash; a block that raises leaves nothing behind.
+    Missing parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

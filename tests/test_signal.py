@@ -129,7 +129,7 @@ def test_decimate_leads_keeps_each_lead_to_itself():
     untouched = [lead for lead in range(12) if lead != 4]
     np.testing.assert_array_equal(decimate_leads(other, 5)[:, untouched], decimate_leads(batch, 5)[:, untouched])
     assert np.array_equal(decimate_leads(batch, 1), batch)
-    with pytest.raises(ValueError, match="^decimate_leads: ecg must hold at least 28 samples in a lead, got 20"):
+    with pytest.raises(ValueError, match=r"^decimate_leads: ecg must hold at least 28 samples in a lead, got 20"):
         decimate_leads(batch[..., :20], 5)
 
 
