@@ -54,6 +54,4 @@ def test_mfcc(race, torchaudio, num_samples, sample_rate_hz, dtype):
     assert_close(ops.mfcc(few, sample_rate_hz), exact, rtol=0, atol=atol, name="ours")
     assert_close(product(few), exact, rtol=0, atol=10 * atol, name="matrix form")
 
-    race(
-        lambda: ops.mfcc(frames, sample_rate_hz), peers, "records", NUM_RECORDS, rounds=11 if num_samples <= 64 else 3
-    )
+    race(lambda: ops.mfcc(frames, sample_rate_hz), peers, "records", NUM_RECORDS, rounds=11 if num_samples <= 64 else 3)

@@ -74,7 +74,7 @@ class DataConfig(_Checked):
         downsampling_factor: The model runs at 500 Hz divided by this: 5 is 100 Hz.
         compat: "published" reproduces the preprocessing of the published weights, faults included.
         cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
-        num_workers: Threads that read and prepare records ahead of the model.
+        num_workers: Processes that pack records, and threads that read ahead of the model.
         seed: Seed of everything random.
     """
 
@@ -201,7 +201,7 @@ class PretrainConfig(TrainConfig, DataConfig):
         layerdrop: Chance of skipping a layer in a step. Default: the model size's own.
         dropout: Dropout of the encoder. Default: the model size's own.
         beta2: Second AdamW decay rate.
-        adam_eps: AdamW epsilon.
+        adam_eps: What AdamW adds to its denominator.
         dataset: Name of the data set in data_path, or "auto".
         crop_s: Seconds of each record that the model sees at a time.
         validation_share: Share of the records held out for masked validation, where the data has no folds.
@@ -239,7 +239,7 @@ class LabelledConfig(_Checked):
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
         unlabelled: Records that have no label of the task: kept as negatives, or dropped.
         cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
-        num_workers: Threads that read and prepare records ahead of the model.
+        num_workers: Processes that pack records, and threads that read ahead of the model.
         seed: Seed of everything random.
     """
 
@@ -381,6 +381,4 @@ def cache_root(cache_dir: Path | None) -> Path:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values, for checkpoints and logs."""
-    return {
-        key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
-    }
+    return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}

@@ -18,6 +18,7 @@ _PUBLIC = {
     "ReadError": "readers",
     "Record": "record",
     "Store": "store",
+    "check_task": "build",
     "default_data_path": "datasets",
     "open_dataset": "datasets",
     "open_store": "build",

@@ -54,7 +54,7 @@ _CHUNK_RECORDS = 32
 _POOL_FROM_RECORDS = 256
 _SHORTEST_S = 1.0
 # Another process may be creating these while this one looks.
-_OWN_FILES = {".lock", SHARDS} | {f"{name}{end}" for name in (BUILDING, INDEX, MANIFEST) for end in ("", ".tmp")}
+_OWN_FILES = {SHARDS, BUILDING, INDEX, MANIFEST}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,22 @@ def open_store(
     return build(source, folder, settings, num_workers=num_workers, progress=progress)
 
 
+def check_task(dataset: str, data_path: str | Path | None, task: str) -> None:
+    """Whether a data set is there and has a task: what a command can know before it reads or packs anything.
+
+    Raises:
+        UserError: The name is unknown, the folder is missing, or the data set has no such task.
+    """
+    source: Store | Dataset
+    if data_path is not None and is_store(data_path):
+        source, name = Store(data_path), dataset
+    else:
+        source = open_dataset(dataset, data_path)
+        name = source.name
+    if task not in source.tasks:
+        raise UserError(f"{name} has no task {task!r}; its tasks: {', '.join(source.tasks) or 'none'}")
+
+
 def build(
     dataset: Dataset,
     folder: str | Path,
@@ -159,7 +175,11 @@ def build(
     plan = _plan(dataset, settings) | {"shard_records": shard_records}
     if (folder / MANIFEST).is_file():
         return _finished(folder, plan)
-    if folder.exists() and not is_store(folder) and set(os.listdir(folder)) - _OWN_FILES:
+    if (
+        folder.exists()
+        and not is_store(folder)
+        and any(not name.startswith(".") for name in {*os.listdir(folder)} - _OWN_FILES)
+    ):
         raise UserError(f"{folder} holds other files: choose a new folder for the store")
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A worker that imports its parent's script would wait here for the parent, which waits for the worker.

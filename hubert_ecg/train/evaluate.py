@@ -97,6 +97,7 @@ def assess(config: EvaluateConfig) -> Assessment:
     Raises:
         UserError: the model or the data cannot be read, or do not fit together.
     """
+    data.check_task(config.dataset, config.data_path, config.task)
     model = HubertECGForClassification.from_pretrained(config.model_path)
     shape = model.config
     store = data.open_store(
@@ -119,11 +120,13 @@ def assess(config: EvaluateConfig) -> Assessment:
         device=config.device,
         num_workers=config.num_workers,
     )
+    patients = store.index["patient_id"].to_numpy()[records]
     result = evaluation.evaluate(
         targets,
         scores,
         model.label_names,
         shape.problem,
+        groups=patients if all(patient == patient and patient is not None for patient in patients) else None,
         thresholds=config.threshold if config.threshold is not None else shape.thresholds,
         num_bootstrap=config.num_bootstrap,
         confidence=config.confidence,

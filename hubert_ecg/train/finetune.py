@@ -42,6 +42,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         RuntimeError: If the loss is not finite.
     """
     check_wandb(config.wandb)
+    data.check_task(config.dataset, config.data_path, config.task)
     device = machine.device(config.device)
     dtype = machine.dtype(config.precision, device)
     name = f"{config.dataset}_{config.task}"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubert_ecg import clustering, data
+from hubert_ecg import clustering, data, evaluation
 from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.files import write_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, draw_mask, save_file, token_mask
@@ -28,8 +28,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the pretrain command.
 
     In ``config.output_dir``: ``hubert_ecg.pt`` (the best model, one file) and the folder ``hubert_ecg`` with the same
-    for ``from_pretrained``, ``last/``, ``checkpoint.safetensors``, ``kmeans.safetensors``, ``clusters.json``,
-    ``metrics.csv``, ``settings.json`` and TensorBoard events.
+    for ``from_pretrained``, ``last/``, ``checkpoint.safetensors``, ``kmeans.safetensors``, ``clusters.json``
+    and ``clusters.html``, ``metrics.csv``, ``settings.json`` and TensorBoard events.
 
     Returns:
         ``model`` (the .pt file), ``folder``, ``metrics_csv``, ``kmeans``, ``clusters``, ``step``, ``finished``,
@@ -68,6 +68,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         kmeans.save(kmeans_path)
         write_json(folder / "clusters.json", quality)
+        evaluation.write_report(
+            folder / "clusters.html",
+            title="Clusters of pretraining",
+            cluster_counts=np.array(quality["counts"]),
+            cluster_scores=quality["scores"],
+            facts={name: quality[name] for name in ("feature_type", "num_clusters", "num_records", "num_tokens")},
+        )
         scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
         say(f"pretrain: {quality['num_clusters']} clusters of {quality['num_tokens']} tokens  {scores}")
     shape.vocab_sizes = [len(kmeans.cluster_centers_)]

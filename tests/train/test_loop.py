@@ -70,7 +70,13 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, straight, capsys, stop, n
 
 def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(tmp_path, straight):
     wait = random.Random().uniform(0.0, 0.8)
-    command = [sys.executable, str(Path(__file__).with_name("toy.py")), str(tmp_path), "0.05"]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("toy.py")),
+        str(tmp_path),
+        "0.05",
+        str(torch.get_num_threads()),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         # The first step it takes, after what it says about resuming.
         assert any(line.strip().isdigit() for line in process.stdout)

@@ -96,7 +96,8 @@ def rows(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     # A slow run for a test to kill: prints each step as it begins.
-    torch.set_num_threads(1)
+    # Sums are split among threads: as many as in the run it is compared with.
+    torch.set_num_threads(int(sys.argv[3]))
 
     def report(step, batch):
         print(step, flush=True)
