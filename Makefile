@@ -16,8 +16,11 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+# Rows of this device end up in benchmarks/results/.
 bench: $(READY)
-	$(VENV)/bin/python -m pytest benchmarks -q -s --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	mkdir -p build
+	$(VENV)/bin/python -m pytest benchmarks -q -s --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+		--benchmark-json=build/benchmarks.json $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -11,12 +11,6 @@ from hubert_ecg import prepare_ecg_for_inference
 NUM_RECORDS = 64
 
 
-@pytest.fixture(scope="module")
-def recordings():
-    random = np.random.default_rng(0)
-    return random.standard_normal((NUM_RECORDS, 12, 5000)).cumsum(-1).astype(np.float32)
-
-
 def published_chain(record):
     """The published preprocessing of one 500 Hz record in NumPy and SciPy, as it is written for one lead at a time."""
     taps = scipy.signal.firwin(151, [0.05, 47], pass_zero=False, fs=500)
@@ -27,15 +21,15 @@ def published_chain(record):
 
 
 @pytest.mark.benchmark(group="preprocess")
-@pytest.mark.parametrize("who", ["published chain", "ours, published", "ours, corrected"])
-def test_preprocess(benchmark, recordings, who):
-    run = {
-        "published chain": lambda: np.stack([published_chain(record) for record in recordings]),
-        "ours, published": lambda: prepare_ecg_for_inference(recordings, compat="published"),
-        "ours, corrected": lambda: prepare_ecg_for_inference(recordings),
-    }[who]
-    if who == "ours, published":
-        expected = np.stack([published_chain(record) for record in recordings[:4]])
-        np.testing.assert_allclose(run()[:4], expected, rtol=0, atol=1e-5)
-    benchmark.extra_info["records"] = NUM_RECORDS
-    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+def test_preprocess(race):
+    recordings = np.random.default_rng(0).standard_normal((NUM_RECORDS, 12, 5000)).cumsum(-1).astype(np.float32)
+
+    def published():
+        return prepare_ecg_for_inference(recordings, compat="published")
+
+    def chain():
+        return np.stack([published_chain(record) for record in recordings])
+
+    np.testing.assert_allclose(published()[:4], [published_chain(record) for record in recordings[:4]], atol=1e-5)
+    peers = {"the published chain in SciPy": chain, "ours, corrected": lambda: prepare_ecg_for_inference(recordings)}
+    race(published, peers, "records", NUM_RECORDS, rounds=3)
