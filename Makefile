@@ -36,6 +36,6 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --disable-pip-version-check "$(TORCH)"
 	$(VENV)/bin/pip install --disable-pip-version-check -e ".[dev,formats]"
-	# The Kaldi definition in plain Python, for parity tests: its binary is not loaded, and its torch not wanted.
-	$(VENV)/bin/pip install --disable-pip-version-check --no-deps torchaudio==2.7.1
+	# Kaldi's definition in plain Python, for parity tests; out of sight, because its binary fits another torch.
+	$(VENV)/bin/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchaudio torchaudio==2.7.1
 	touch $(READY)

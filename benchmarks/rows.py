@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("hubert-ecg", "torch", "torchaudio", "numpy", "scipy", "scikit-learn", "faiss-cpu", "kaldi-native-fbank")
+PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu", "kaldi-native-fbank")
 
 # Row -> what the README calls it, and the peer that it names.
 TABLE = {

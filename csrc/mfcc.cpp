@@ -7,38 +7,57 @@
 namespace hubert_ecg {
 namespace {
 
+// A mel filter whose energy is below this share of the frame's has lost digits in a float32 transform, whose every bin
+// is off by about FLT_EPSILON of the whole: coefficients then miss Kaldi's by more than 1e-3. Such a frame, as smooth
+// as an ECG often is, is computed again in float64.
+constexpr double kTrusted = 5e-6;
+// Above this energy, squares overflow in float32.
+constexpr double kMostEnergy = 1e30;
+
 // The bins under a mel filter: its triangle touches few of them.
 struct Band {
   int64_t first, last;
+  // Of the frame's energy, what the filter must hold to be trusted in float32.
+  double least;
 };
 
 template <class T>
+std::vector<T> copy(const Tensor& table) {
+  int64_t size = 1;
+  for (int dim = 0; dim < table.ndim(); ++dim) size *= table.size(dim);
+  return std::vector<T>(table.data<double>(), table.data<double>() + size);
+}
+
+template <class T>
 struct MfccTables {
-  MfccTables(const Tensor& frames, const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct)
-      : S(frames.size(1)),
+  MfccTables(const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct)
+      : S(window.size(0)),
         N(circle.size(0)),
         M(bank.size(0)),
         C(dct.size(1)),
-        window(window.data<T>()),
-        circle(circle.data<T>()),
-        bank(bank.data<T>()),
-        dct(dct.data<T>()),
-        fft(circle.size(0)),
-        bands(bank.size(0), Band{0, 0}) {
+        window(copy<T>(window)),
+        circle(copy<T>(circle)),
+        bank(copy<T>(bank)),
+        dct(copy<T>(dct)),
+        fft(N),
+        bands(M, Band{0, 0, 0}) {
     for (int64_t m = 0; m < M; ++m) {
+      Band& band = bands[m];
       for (int64_t k = 0; k < N / 2; ++k) {
-        if (this->bank[m * (N / 2) + k] == 0) continue;
-        if (bands[m].last == 0) bands[m].first = k;
-        bands[m].last = k + 1;
+        const double weight = this->bank[m * (N / 2) + k];
+        if (weight == 0) continue;
+        if (band.last == 0) band.first = k;
+        band.last = k + 1;
+        band.least = std::max(band.least, kTrusted * weight);
       }
-      if (bands[m].last == 0) continue;
-      first_bin = std::min(first_bin, bands[m].first);
-      last_bin = std::max(last_bin, bands[m].last);
+      if (band.last == 0) continue;
+      first_bin = std::min(first_bin, band.first);
+      last_bin = std::max(last_bin, band.last);
     }
   }
 
   int64_t S, N, M, C;
-  const T *window, *circle, *bank, *dct;
+  std::vector<T> window, circle, bank, dct;
   RealFft fft;
   std::vector<Band> bands;
   int64_t first_bin = std::numeric_limits<int64_t>::max(), last_bin = 0;
@@ -51,11 +70,12 @@ template <class T>
 void run(const Tensor& frames, const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct,
          const Tensor& out) {
   check_mfcc<T>(frames, window, circle, bank, dct, out);
-  const MfccTables<T> tables(frames, window, circle, bank, dct);
+  const MfccTables<T> tables(window, circle, bank, dct);
+  const MfccTables<double> exact(window, circle, bank, dct);
   const auto kernel = HUBERT_ECG_BEST(mfcc<T>);
   split_frames(frames.size(0), (2 * tables.N + tables.M + tables.C) * 64,
                [&](int64_t begin, int64_t end, void* scratch) {
-                 kernel(tables, frames.data<T>(), begin, end, scratch, out.data<T>());
+                 kernel(tables, exact, frames.data<T>(), begin, end, scratch, out.data<T>());
                });
 }
 

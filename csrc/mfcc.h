@@ -3,9 +3,10 @@
 
 namespace hubert_ecg {
 
-// Mel-frequency cepstral coefficients as Kaldi defines them, of each row of `frames`. T is float or double throughout.
-//   frames [F, S], window [S], circle [N, 2]: cos and sin of 2 pi j / N with N the power of two that holds S,
-//   bank [M, N / 2]: mel filters over the FFT bins, dct [M, C]: cosine transform and lifter, out [F, C] (written)
+// Mel-frequency cepstral coefficients as Kaldi defines them, of each row of `frames`.
+//   frames [F, S] float or double; tables, all double: window [S], circle [N, 2]: cos and sin of 2 pi j / N with N the
+//   power of two that holds S, bank [M, N / 2]: mel filters over the FFT bins, dct [M, C]: cosine transform and lifter;
+//   out [F, C] of the type of frames (written)
 void mfcc_cpu(Tensor frames, Tensor window, Tensor circle, Tensor bank, Tensor dct, Tensor out);
 void mfcc_cuda(Tensor frames, Tensor window, Tensor circle, Tensor bank, Tensor dct, Tensor out, intptr_t stream);
 
@@ -26,13 +27,13 @@ void check_mfcc(const Tensor& frames, const Tensor& window, const Tensor& circle
   const int64_t F = frames.size(0), S = frames.size(1);
   int64_t N = 2;
   while (N < S) N *= 2;
-  HUBERT_ECG_CHECK(window.is<T>() && window.contiguous() && window.ndim() == 1 && window.size(0) == S,
-                   "mfcc: window must be [", S, "] of the type of frames, got ", window);
-  HUBERT_ECG_CHECK(is_matrix<T>(circle, N, 2), "mfcc: circle must be [", N, ", 2] of the type of frames, got ", circle);
-  HUBERT_ECG_CHECK(bank.ndim() == 2 && is_matrix<T>(bank, bank.size(0), N / 2), "mfcc: bank must be [M, ", N / 2,
-                   "] of the type of frames, got ", bank);
-  HUBERT_ECG_CHECK(dct.ndim() == 2 && is_matrix<T>(dct, bank.size(0), dct.size(1)), "mfcc: dct must be [", bank.size(0),
-                   ", C] of the type of frames, got ", dct);
+  HUBERT_ECG_CHECK(window.is<double>() && window.contiguous() && window.ndim() == 1 && window.size(0) == S,
+                   "mfcc: window must be float64 [", S, "], got ", window);
+  HUBERT_ECG_CHECK(is_matrix<double>(circle, N, 2), "mfcc: circle must be float64 [", N, ", 2], got ", circle);
+  HUBERT_ECG_CHECK(bank.ndim() == 2 && is_matrix<double>(bank, bank.size(0), N / 2), "mfcc: bank must be float64 [M, ",
+                   N / 2, "], got ", bank);
+  HUBERT_ECG_CHECK(dct.ndim() == 2 && is_matrix<double>(dct, bank.size(0), dct.size(1)), "mfcc: dct must be float64 [",
+                   bank.size(0), ", C], got ", dct);
   HUBERT_ECG_CHECK(is_matrix<T>(out, F, dct.size(1)), "mfcc: out must be [", F, ", ", dct.size(1),
                    "] of the type of frames, got ", out);
 }

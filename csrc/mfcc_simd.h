@@ -5,20 +5,23 @@ namespace HUBERT_ECG_ISA {
 
 // y_i = w_i (x_i - 0.97 x_{i-1}) of the frame less its mean, then zeros. Written as a difference of neighbours, which
 // in a smooth signal is small and exact, plus 0.03 of the sample before: the rounding is that of y, not that of x. The
-// mean is formed less the first sample, so that a constant frame is exactly zero at any level.
+// mean is formed less the first sample, so that a constant frame is exactly zero at any level. Returns the sum of
+// y_i^2.
 template <class T>
-HUBERT_ECG_INLINE void condition(const MfccTables<T>& t, V<T>* x) {
+HUBERT_ECG_INLINE V<T> condition(const MfccTables<T>& t, V<T>* x) {
   const V<T> base = x[0];
   V<T> sum[4] = {};
   for (int64_t i = 0; i < t.S; ++i) sum[i % 4] += x[i] - base;
   const V<T> mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
-  V<T> before = base;
+  V<T> before = base, energy[4] = {};
   for (int64_t i = 0; i < t.S; ++i) {
     const V<T> here = x[i];
     x[i] = t.window[i] * ((here - before) + T(1 - kPreemphasis) * (before - mean));
+    energy[i % 4] += x[i] * x[i];
     before = here;
   }
   for (int64_t i = t.S; i < t.N; ++i) x[i] = V<T>{};
+  return (energy[0] + energy[1]) + (energy[2] + energy[3]);
 }
 
 template <class T>
@@ -27,15 +30,22 @@ HUBERT_ECG_INLINE void power(const MfccTables<T>& t, const V<T>* X, V<T>* p) {
   for (int64_t k = std::max<int64_t>(t.first_bin, 1); k < t.last_bin; ++k) p[k] = X[k] * X[k] + X[t.N - k] * X[t.N - k];
 }
 
+// Returns how far the filters' energies are above what is trusted of a frame of energy `total`: below 0, or NaN, where
+// one is not.
 template <class T>
-HUBERT_ECG_INLINE void log_mel(const MfccTables<T>& t, const V<T>* p, V<T>* out) {
+HUBERT_ECG_INLINE V<T> log_mel(const MfccTables<T>& t, const V<T>* p, V<T> total, V<T>* out) {
   const V<T> floor = V<T>{} + T(kEnergyFloor);
+  V<T> margin = T(kMostEnergy) - total;
   for (int64_t m = 0; m < t.M; ++m) {
-    const T* const weight = t.bank + m * (t.N / 2);
+    const T* const weight = t.bank.data() + m * (t.N / 2);
     V<T> energy = {};
     for (int64_t k = t.bands[m].first; k < t.bands[m].last; ++k) energy += weight[k] * p[k];
-    out[m] = logarithm<T>(energy < floor ? floor : energy);
+    energy = energy < floor ? floor : energy;
+    out[m] = logarithm<T>(energy);
+    const V<T> above = energy - T(t.bands[m].least) * total;
+    margin = above < margin ? above : margin;
   }
+  return margin;
 }
 
 template <class T>
@@ -58,20 +68,62 @@ HUBERT_ECG_INLINE void cosines(const MfccTables<T>& t, const V<T>* log_mel, V<T>
   }
 }
 
+// x [N] holds a tile of frames; behind it lies room for N + M + C more. Writes cepstrum [C], which lies at the end of
+// that room, and returns the margin of log_mel.
+template <class T>
+HUBERT_ECG_INLINE V<T> cepstra(const MfccTables<T>& t, V<T>* x, V<T>*& cepstrum) {
+  V<T>*const X = x + t.N, *const mel = X + t.N;
+  cepstrum = mel + t.M;
+  const V<T> total = condition<T>(t, x);
+  real_fft<T>(t.fft, x, X, t.circle.data());
+  power<T>(t, X, x);
+  const V<T> margin = log_mel<T>(t, x, total, mel);
+  cosines<T>(t, mel, cepstrum);
+  return margin;
+}
+
+// The frames listed in `which`, at most a tile of them, in float64.
+HUBERT_ECG_TARGET static void mfcc_again(const MfccTables<double>& t, const float* frames, const int64_t* which,
+                                         int count, void* scratch, float* out) {
+  constexpr int W = Simd<double>::width;
+  V<double>* const x = static_cast<V<double>*>(scratch);
+  double* const to = reinterpret_cast<double*>(x);
+  for (int lane = 0; lane < W; ++lane) {
+    const float* const row = frames + which[std::min(lane, count - 1)] * t.S;
+    for (int64_t i = 0; i < t.S; ++i) to[i * W + lane] = row[i];
+  }
+  V<double>* cepstrum;
+  cepstra<double>(t, x, cepstrum);
+  const double* const from = reinterpret_cast<const double*>(cepstrum);
+  for (int lane = 0; lane < count; ++lane)
+    for (int64_t c = 0; c < t.C; ++c) out[which[lane] * t.C + c] = static_cast<float>(from[c * W + lane]);
+}
+
 // Frames [begin, end), a tile of lanes at a time.
 template <class T>
-HUBERT_ECG_TARGET static void mfcc(const MfccTables<T>& t, const T* frames, int64_t begin, int64_t end, void* scratch,
-                                   T* out) {
-  V<T>*const x = static_cast<V<T>*>(scratch), *const X = x + t.N, *const mel = X + t.N, *const cepstrum = mel + t.M;
+HUBERT_ECG_TARGET static void mfcc(const MfccTables<T>& t, const MfccTables<double>& exact, const T* frames,
+                                   int64_t begin, int64_t end, void* scratch, T* out) {
+  constexpr int kAgain = Simd<double>::width;
+  int64_t doubtful[Simd<T>::width + kAgain];
+  int num_doubtful = 0;
+  V<T>* const x = static_cast<V<T>*>(scratch);
+  V<T>* cepstrum;
   for (int64_t f = begin; f < end; f += Simd<T>::width) {
     const int64_t count = std::min<int64_t>(Simd<T>::width, end - f);
     load_tile<T>(frames + f * t.S, t.S, count, x);
-    condition<T>(t, x);
-    real_fft<T>(t.fft, x, X, t.circle);
-    power<T>(t, X, x);
-    log_mel<T>(t, x, mel);
-    cosines<T>(t, mel, cepstrum);
+    const V<T> margin = cepstra<T>(t, x, cepstrum);
     store_tile<T>(cepstrum, t.C, count, out + f * t.C);
+    if constexpr (sizeof(T) < sizeof(double)) {
+      for (int64_t lane = 0; lane < count; ++lane) {
+        doubtful[num_doubtful] = f + lane;
+        num_doubtful += !(margin[lane] >= 0);
+      }
+      for (; num_doubtful >= kAgain; num_doubtful -= kAgain)
+        mfcc_again(exact, frames, doubtful + num_doubtful - kAgain, kAgain, scratch, out);
+    }
+  }
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (num_doubtful) mfcc_again(exact, frames, doubtful, num_doubtful, scratch, out);
   }
 }
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "launch.h"
 #include "time_freq.h"
@@ -54,15 +55,20 @@ __global__ void time_freq_kernel(const T* frames, const T* circle, T* out, int64
     high = warp_max(high);
     not_finite = warp_sum(not_finite);
     const T offset = warp_sum(sum) / n, mean_square = warp_sum(squares) / n, mean = base + offset;
+    // In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
+    const T above = high - base - offset, below = offset - (low - base), farthest = above > below ? above : below;
+    constexpr T smallest = std::numeric_limits<T>::min();
+    const T scale = farthest >= smallest ? T(1) / farthest : T(1);
     T second = 0, third = 0, fourth = 0;
     for (int i = lane; i < S; i += kWarp) {
-      const T v = (x[i] - base) - offset, v2 = v * v;
-      y[i] = v;
+      y[i] = (x[i] - base) - offset;
+      const T v = y[i] * scale, v2 = v * v;
       second += v2;
       third += v2 * v;
       fourth += v2 * v2;
     }
-    const T variance = warp_sum(second) / n, deviation = sqrt(variance);
+    const T scaled_variance = warp_sum(second) / n, scaled_deviation = sqrt(scaled_variance),
+            deviation = scaled_deviation / scale;
     third = warp_sum(third) / n;
     fourth = warp_sum(fourth) / n;
     __syncthreads();
@@ -99,14 +105,14 @@ __global__ void time_freq_kernel(const T* frames, const T* circle, T* out, int64
                                              high,
                                              mean,
                                              rms,
-                                             variance,
+                                             deviation * deviation,
                                              deviation,
                                              mean_square,
                                              peak,
                                              high - low,
                                              peak / (rms + T(kCrestEpsilon)),
-                                             flat ? T(0) : third / (variance * deviation),
-                                             flat ? T(0) : fourth / (variance * variance) - T(3),
+                                             flat ? T(0) : third / (scaled_variance * scaled_deviation),
+                                             flat ? T(0) : fourth / (scaled_variance * scaled_variance) - T(3),
                                              top,
                                              total,
                                              total / n,

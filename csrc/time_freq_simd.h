@@ -26,30 +26,33 @@ HUBERT_ECG_INLINE void moments(int64_t S, V<T>* x, V<T>* feature) {
     sum += x[i];
   }
   const V<T> offset = sum / n;
+  // In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
+  const V<T> above = high - base - offset, below = offset - (low - base), farthest = above > below ? above : below;
+  const V<T> scale = farthest >= std::numeric_limits<T>::min() ? T(1) / farthest : V<T>{} + T(1);
   V<T> second = {}, third = {}, fourth = {};
   for (int64_t i = 0; i < S; ++i) {
-    const V<T> v = x[i] - offset, v2 = v * v;
-    x[i] = v;
+    x[i] -= offset;
+    const V<T> v = x[i] * scale, v2 = v * v;
     second += v2;
     third += v2 * v;
     fourth += v2 * v2;
   }
-  const V<T> power = squares / n, rms = square_root<T>(power), variance = second / n,
-             deviation = square_root<T>(variance);
+  const V<T> power = squares / n, rms = square_root<T>(power), scaled_variance = second / n,
+             scaled_deviation = square_root<T>(scaled_variance), deviation = scaled_deviation / scale;
   const V<T> peak = high > -low ? high : -low;
   const auto flat = deviation <= T(kFlat) * peak;
   feature[0] = low + not_finite;
   feature[1] = high + not_finite;
   feature[2] = base + offset + not_finite;
   feature[3] = rms;
-  feature[4] = variance;
+  feature[4] = deviation * deviation;
   feature[5] = deviation;
   feature[6] = power;
   feature[7] = peak + not_finite;
   feature[8] = high - low + not_finite;
   feature[9] = peak / (rms + T(kCrestEpsilon)) + not_finite;
-  feature[10] = flat ? V<T>{} : third / n / (variance * deviation);
-  feature[11] = flat ? V<T>{} : fourth / n / (variance * variance) - T(3);
+  feature[10] = flat ? V<T>{} : third / n / (scaled_variance * scaled_deviation);
+  feature[11] = flat ? V<T>{} : fourth / n / (scaled_variance * scaled_variance) - T(3);
   for (int d = 3; d < 12; ++d) feature[d] += not_finite;
 }
 

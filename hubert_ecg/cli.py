@@ -73,7 +73,7 @@ def parse(command: str, argv: Sequence[str]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 2 when the user can mend what went wrong."""
+    """Runs one command. Returns 0, 2 when the user can mend what went wrong, or 1 when a run could not go on."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # Read when torch loads: threads that wait let the ones that read ahead have the core instead of spinning on it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -96,6 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except configs.UserError as error:
         print(f"hubert-ecg: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except configs.RunError as error:
+        print(f"hubert-ecg: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # A file that cannot be read or written is the user's to mend; what has no name is not about a file.
+        if error.filename is None:
+            raise
+        print(f"hubert-ecg: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("hubert-ecg: stopped", file=sys.stderr)
         return 130
@@ -116,9 +125,15 @@ def _spell_out_switches(cls: type, argv: Sequence[str]) -> list[str]:
 
 def _explain(error: Exception, cls: type) -> str:
     """The parsing library's words, as short as ours."""
-    text = _one_line(error)
+    text = re.sub(r"<class '(\w+)'>", r"\1", _one_line(error)).replace("typing.Literal", "one of ")
+    # A flag that may be left out: what it must be where it is given.
+    text = re.sub(
+        r"(Parser key \"\w+\"): Does not validate .* Errors: - (Expected .*) - Expected a NoneType Given value type: "
+        r"\w+ Given value: ",
+        r"\1: \2. Got value: ",
+        text,
+    )
     text = re.sub(r"(?:argument --\w+: )?Parser key \"(\w+)\": Expected an? ", r"--\1 must be ", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.Literal", "one of ")
     text = re.sub(r"\.? Got value: ", ", got ", text)
     unknown = re.search(r"unrecognized arguments: (--\w+)", text)
     if unknown:

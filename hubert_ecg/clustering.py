@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -17,6 +16,8 @@ from torch import Tensor
 from hubert_ecg import ops
 from hubert_ecg.config import UserError
 from hubert_ecg.data import plain_pickle
+from hubert_ecg.files import replacing
+from hubert_ecg.ops._op import to_tensor
 
 #: A NumPy array, a torch tensor, or (as scikit-learn takes them) nested lists.
 ArrayLike = Any
@@ -201,6 +202,7 @@ class KMeans:
             params["init"] = np.asarray(_cpu(params["init"]))
         if not isinstance(params["random_state"], int | np.integer | None):
             params["random_state"] = None
+        params = {name: v.item() if isinstance(v, np.generic) else v for name, v in params.items()}
         state: dict[str, Any] = {"format": _FORMAT, **params, "cluster_centers": centers.copy()}
         if hasattr(self, "cluster_weights_"):
             state["cluster_weights"] = self.cluster_weights_.copy()
@@ -252,16 +254,8 @@ class KMeans:
 
             arrays = {name: np.ascontiguousarray(v) for name, v in state.items() if isinstance(v, np.ndarray)}
             values = {name: value for name, value in state.items() if name not in arrays}
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
+            with replacing(path) as unfinished:
                 save_file(arrays, unfinished, metadata={"hubert_ecg": json.dumps(values)})
-                with open(unfinished, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(unfinished, path)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    unfinished.unlink()
-                raise
         else:
             raise UserError(f"save: path must end in .safetensors or .pkl, got {path}")
 
@@ -307,7 +301,9 @@ class KMeans:
 
     def _points(self, op: str, x: ArrayLike, width: int | None = None) -> Tensor:
         """``x`` as a finite float32 or float64 tensor, normalised where the model says so."""
-        points = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))
+        points = x.detach() if isinstance(x, Tensor) else to_tensor(np.asarray(x), f"{op}: x")
+        if points.is_complex():
+            raise ValueError(f"{op}: x must hold numbers, got dtype {points.dtype}")
         if points.ndim != 2 or (width is not None and points.shape[1] != width):
             raise ValueError(f"{op}: x must be [N, {width or 'D'}], got shape {list(points.shape)}")
         if points.dtype not in (torch.float32, torch.float64):
@@ -358,15 +354,15 @@ class KMeans:
             if progress is not None:
                 progress(iteration, float(_inertia(points, centers, labels, weight)))
             sums, totals = _accumulate(points, weight, labels, len(centers))
-            empty += _move_empty_clusters(points, weight, centers, labels, sums, totals)
+            found_empty, moved = _move_empty_clusters(points, weight, centers, labels, sums, totals)
+            empty += found_empty
             new = _means(sums, totals, centers)
             shift = float((new.double() - centers.double()).square().sum())
             centers = new
-            if old is not None and torch.equal(labels, old):
-                return _Run(centers, labels, weight, points, iteration, empty)
-            if shift <= tol:
+            # A cluster that was moved onto another one gets no points: the next move can do better.
+            if shift <= tol or (old is not None and torch.equal(labels, old) and not moved):
                 break
-        # The centres moved after the last assignment.
+        # The centres may have moved after the last assignment.
         return _Run(centers, ops.kmeans_assign(points, centers), weight, points, iteration, empty)
 
     def _mini_batches(
@@ -502,29 +498,33 @@ def _means(sums: Tensor, totals: Tensor, old: Tensor) -> Tensor:
 
 def _move_empty_clusters(
     points: Tensor, weight: Tensor | None, centers: Tensor, labels: Tensor, sums: Tensor, totals: Tensor
-) -> int:
+) -> tuple[int, int]:
     """Gives each empty cluster one of the points farthest from their centres, out of the sums of its cluster.
 
-    Changes ``sums`` and ``totals``, and says how many clusters were empty.
+    Changes ``sums`` and ``totals``, and says how many clusters were empty and how many of them were moved.
     """
     empty = (totals <= 0).nonzero()[:, 0]
     if not len(empty):
-        return 0
+        return 0, 0
     distances = torch.cat([d for d, _ in _squared_distances(points, centers, labels)])
     if weight is not None:
         distances[weight <= 0] = 0
     # A stable sort: among points equally far, the first.
     farthest = distances.sort(descending=True, stable=True).indices[: len(empty)]
-    for cluster, point in zip(empty.tolist(), farthest.tolist(), strict=True):
+    # Not farther than the centre's own rounding is on the centre.
+    nearby = (2 * torch.finfo(points.dtype).eps * points[farthest].double()).square().sum(1)
+    moved = 0
+    for cluster, point, rounding in zip(empty.tolist(), farthest.tolist(), nearby.tolist(), strict=True):
         own = int(labels[point])
         one = 1.0 if weight is None else float(weight[point])
         # A cluster keeps its last point, and a point on its centre makes no new cluster.
-        if distances[point] > 0 and totals[own] > one:
+        if distances[point] > rounding and totals[own] > one:
+            moved += 1
             sums[cluster] = points[point].double() * one
             sums[own] -= sums[cluster]
             totals[cluster] = one
             totals[own] -= one
-    return len(empty)
+    return len(empty), moved
 
 
 def _mini_batch_step(
@@ -535,8 +535,8 @@ def _mini_batch_step(
     sums, added = _accumulate(points, weight, labels, len(centers))
     sums += centers.double() * totals[:, None]
     totals = totals + added
-    moved = _move_empty_clusters(points, weight, centers, labels, sums, totals)
-    return labels, _means(sums, totals, centers), totals, moved
+    empty, _ = _move_empty_clusters(points, weight, centers, labels, sums, totals)
+    return labels, _means(sums, totals, centers), totals, empty
 
 
 def _squared_distances(points: Tensor, centers: Tensor, labels: Tensor) -> Any:

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """Something the user can mend: printed as one line by the commands, with exit code 2."""
 
 
+class RunError(RuntimeError):
+    """What stops a run on its way, such as a loss that is not finite: printed as one line, with exit code 1."""
+
+
 Compat = Literal["corrected", "published"]
 FeatureType = Literal["mfcc", "time_freq", "mixed"]
 Size = Literal["tiny", "small", "base", "large"]
@@ -26,8 +30,10 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 # field -> (what it must be, whether a value is)
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
-        ("sampling_rate", "learning_rate", "adam_eps", "crop_s", "tol"), ("greater than 0", lambda x: 0 < x < math.inf)
+        ("sampling_rate", "learning_rate", "adam_eps", "tol"), ("greater than 0", lambda x: 0 < x < math.inf)
     ),
+    # Twelve leads of it hold a token at each sampling rate.
+    "crop_s": ("at least 0.1 seconds", lambda x: 0.1 <= x < math.inf),
     **dict.fromkeys(
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
@@ -150,7 +156,7 @@ class TrainConfig(_Checked):
 
     Args:
         output_dir: Folder for models, checkpoints and logs.
-        max_steps: Stop after this many optimiser steps, whatever num_epochs says.
+        max_steps: Stop after this many optimiser steps where num_epochs would take more.
         accumulate_steps: Micro-batches in one optimiser step.
         weight_decay: Weight decay of AdamW; biases and norms are exempt.
         warmup: Share of all steps over which the learning rate rises from 0; then it falls linearly to 0.
@@ -358,6 +364,8 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 448,
         "learning_rate": 5e-5,
         "mask_prob": 0.33,
+        # Counted in steps, however many records an epoch has.
+        "num_epochs": 1_000_000,
         "max_steps": 80_000,
         "warmup": 0.08,
         "weight_decay": 0.01,

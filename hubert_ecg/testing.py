@@ -64,18 +64,18 @@ def strided(x: Tensor) -> Tensor:
 
 
 def torchaudio_parts() -> types.SimpleNamespace:
-    """``kaldi`` (the module ``torchaudio.compliance.kaldi``) and ``compute_deltas`` of an installed torchaudio.
+    """``kaldi`` (the module ``torchaudio.compliance.kaldi``) and ``compute_deltas`` of torchaudio.
 
-    They are plain Python, but ``import torchaudio`` fails beside a torch of another build, and with
-    ``pip install --no-deps torchaudio`` no torch has to match: so these parts are read from their files.
+    They are plain Python, but ``import torchaudio`` fails beside a torch of another build, and so do libraries that
+    import it where it is installed. So it is unpacked where nobody looks, by ``make``, and these parts are read from
+    their files.
 
     Raises:
-        ImportError: torchaudio is not installed.
+        ImportError: torchaudio is not there.
     """
-    spec = importlib.util.find_spec("torchaudio")
-    if spec is None or spec.origin is None:
-        raise ImportError("torchaudio is not installed (pip install --no-deps torchaudio)")
-    root = Path(spec.origin).parent
+    root = Path(sys.prefix, "torchaudio", "torchaudio")
+    if not root.is_dir():
+        raise ImportError(f"no torchaudio: pip install --no-deps --target {root.parent} torchaudio==2.7.1")
     path = root / "functional" / "functional.py"
     wanted = ("create_dct", "compute_deltas")
     tree = ast.parse(path.read_text(encoding="utf-8"))

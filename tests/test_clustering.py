@@ -107,7 +107,9 @@ def test_the_points_given_stay_as_they_are(dtype, batch_size):
     np.testing.assert_array_equal(x, before)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch", "list", "float16", "read-only", "strided", "int"])
+@pytest.mark.parametrize(
+    "kind", ["numpy", "torch", "list", "float16", "read-only", "strided", "int", "big-endian", "long double"]
+)
 def test_any_kind_of_points(kind):
     x = np.round(blobs(200, 4, 3) * 8)
     give = {
@@ -118,6 +120,8 @@ def test_any_kind_of_points(kind):
         "read-only": lambda: np.lib.stride_tricks.as_strided(x, writeable=False),
         "strided": lambda: np.repeat(x, 2, axis=1)[:, ::2],
         "int": lambda: x.astype(np.int32),
+        "big-endian": lambda: x.astype(">f4"),
+        "long double": lambda: x.astype(np.longdouble),
     }[kind]()
     model = KMeans(3, init=x[:3], normalize=False).fit(give)
     want = KMeans(3, init=x[:3], normalize=False).fit(x)
@@ -147,6 +151,15 @@ def test_fewer_different_points_than_clusters():
         assert np.isfinite(model.cluster_centers_).all()
         assert model.empty_clusters_ > 0
     assert KMeans(3, random_state=0).fit(np.zeros((5, 2))).inertia_ == 0
+    random = np.random.default_rng(0)
+    for dtype, _ in itertools.product((np.float32, np.float64), range(20)):
+        different = random.normal(size=(11, 17)).astype(dtype)
+        x = different[random.integers(11, size=1500)]
+        model = KMeans(21, init=x[:21], normalize=False).fit(x, sample_weight=random.uniform(0.1, 3, size=len(x)))
+        # Each move of an empty cluster can win one more point, and rounding is nothing to win.
+        assert model.inertia_ < 1e-9
+        assert model.n_iter_ < 20
+        np.testing.assert_array_equal(model.predict(x), model.labels_)
     as_many = KMeans(4, normalize=False, random_state=0).fit(blobs(4))
     assert as_many.inertia_ == pytest.approx(0, abs=1e-9)
     assert sorted(as_many.labels_) == [0, 1, 2, 3]
@@ -206,6 +219,9 @@ def test_progress_is_told_the_falling_inertia():
             r"init must be .* \[2, 2\], got shape \[3, 2\]",
         ),
         ({"n_clusters": 2}, np.zeros(9), r"fit: x must be \[N, D\], got shape \[9\]"),
+        ({"n_clusters": 2}, np.zeros((9, 2), complex), "fit: x must hold numbers, got dtype complex128"),
+        ({"n_clusters": 2}, np.array([["a"], ["b"]]), "fit: x must hold numbers, got dtype <U1"),
+        ({"n_clusters": 2}, torch.zeros(9, 2, dtype=torch.complex64), "fit: x must hold numbers, got dtype"),
         ({"n_clusters": 2}, np.array([[0, 1], [np.nan, 0], [1, 1]]), "got NaN or infinity in row 1"),
         ({"n_clusters": 2}, np.array([[0, 1], [1, 0], [np.inf, 1]]), "got NaN or infinity in row 2"),
     ],
@@ -245,6 +261,15 @@ def test_saved_and_loaded_it_is_the_same(suffix, init, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     if suffix == ".pkl":
         assert pickle.loads(path.read_bytes())["format"] == "hubert_ecg.KMeans"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
+def test_numpy_numbers_as_arguments_are_saved(suffix, tmp_path):
+    x = blobs(100)
+    options = {"tol": np.float32(1e-3), "normalize": np.bool_(False), "random_state": np.int64(5)}
+    KMeans(np.int64(3), max_iter=np.int32(9), **options).fit(x).save(tmp_path / f"kmeans{suffix}")
+    loaded = KMeans.load(tmp_path / f"kmeans{suffix}")
+    assert (loaded.n_clusters, loaded.max_iter, loaded.normalize, loaded.random_state) == (3, 9, False, 5)
 
 
 @pytest.mark.parametrize("name", ["missing.pkl", "damaged.safetensors", "other.pkl", "other.txt", "poor.pkl"])

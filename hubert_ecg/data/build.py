@@ -377,7 +377,7 @@ def _pack_chunk(dataset: Dataset, settings: Settings, entries: list[Entry]) -> l
                 compat=settings.compat,
             )
         except (ValueError, OSError) as error:
-            results.append(_Skipped(entry.source, _without_folder(str(error), dataset)))
+            results.append(_Skipped(_as_utf8(entry.source), _as_utf8(_without_folder(str(error), dataset))))
         else:
             results.append(_quantise(signal, record, leads, present, entry, settings))
     return results
@@ -388,7 +388,7 @@ def _quantise(
 ) -> _Result:
     signal = np.where(present[:, None], signal, np.float32(0))
     if not np.isfinite(signal).all():
-        return _Skipped(entry.source, "preprocessing gives values that are not finite: damaged samples?")
+        return _Skipped(_as_utf8(entry.source), "preprocessing gives values that are not finite: damaged samples?")
     peak = np.abs(signal).max(axis=1)
     if settings.signal_dtype == "int16":
         scale = np.where(peak > 0, peak, 1).astype(np.float32) / np.float32(np.iinfo(np.int16).max)
@@ -402,8 +402,8 @@ def _quantise(
     return _Packed(
         samples,
         {
-            "record_id": record.record_id,
-            "source": record.source,
+            "record_id": _as_utf8(record.record_id),
+            "source": _as_utf8(record.source),
             "source_rate_hz": record.sampling_rate_hz,
             "leads": list(record.lead_names),
             "num_samples": samples.shape[1],
@@ -426,6 +426,15 @@ def _without_folder(message: str, dataset: Dataset) -> str:
     """A reason that stays true when the store moves to a machine with other folders."""
     folder = getattr(dataset, "data_path", None)
     return message.replace(f"{folder}{os.sep}", "") if folder else message
+
+
+def _as_utf8(name: str) -> str:
+    r"""A file name that is no UTF-8 with its odd bytes spelled out: the index and the manifest hold text.
+
+    >>> _as_utf8("caf\udce9.npy")
+    'caf\\xe9.npy'
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _schema(dataset: Dataset) -> pa.Schema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import hashlib
 import os
@@ -126,12 +127,23 @@ def describe(record: Record, entry: Entry) -> Record:
 
 
 def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
-    """Files below a folder whose suffix (lower case) is wanted, sorted; hidden files and folders are left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield Path(parent, name)
+    """Files below a folder whose suffix (lower case) is wanted, sorted; hidden files and folders are left out.
+
+    Links to folders are followed after the folders themselves, and no folder is walked twice.
+    """
+    seen: set[str] = set()
+    waiting = collections.deque([folder])
+    while waiting:
+        for parent, folders, files in os.walk(waiting.popleft()):
+            place = os.path.realpath(parent)
+            folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
+            if place in seen:
+                continue
+            seen.add(place)
+            waiting.extend(Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))
+            for name in sorted(files):
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                    yield Path(parent, name)
 
 
 def locate(folder: Path, name: str) -> Path | None:
@@ -162,5 +174,10 @@ def number(value: object) -> float | None:
 def _stats(folder: Path) -> Iterator[tuple[str, int, int]]:
     suffixes = READERS.keys() | _TABLES
     for path in walk(folder, suffixes):
-        status = path.stat()
-        yield path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns
+        try:
+            status = path.stat()
+        except OSError:
+            # A link that leads nowhere: its record is skipped when it is read.
+            yield path.relative_to(folder).as_posix(), -1, 0
+        else:
+            yield path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns

@@ -9,13 +9,18 @@ import numpy as np
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
 
+_MAGIC = b"\x93NUMPY"
+
 
 def read(path: Path, sampling_rate_hz: float) -> Record:
     """Read a .npy file. Arrays of Python objects are refused: they could run code.
 
     Raises:
-        ValueError: The array is not of twelve leads.
+        ValueError: The file is in another format, or its array is not of twelve leads.
     """
+    with open(path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError("npy.read: file must be in NumPy's .npy format, got other content")
     array = np.load(path, allow_pickle=False)
     return Record(twelve_leads(array), sampling_rate_hz, LEADS, record_id=path.stem, source=path.name)
 

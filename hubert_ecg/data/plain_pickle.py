@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hubert_ecg.config import UserError
+from hubert_ecg.files import replacing
 
 # Arrays of these kinds hold values, not references: bool, signed, unsigned, float, complex, bytes, text, dates.
 _KINDS = "biufcSUmM"
@@ -26,25 +24,14 @@ def dump(obj: Any, path: str | os.PathLike[str]) -> None:
     Args:
         obj: None, bool, int, float, complex, str, bytes, NumPy arrays and scalars of numbers, text or dates, and dict,
             list, tuple, set and frozenset of those.
-        path: file to write; its folder must exist.
+        path: file to write; missing folders are made.
 
     Raises:
         ValueError: something else is inside ``obj``; the message says where.
     """
     plain = _plain(obj, "dump: obj", {})
-    path = Path(path)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            pickle.dump(plain, file, protocol=4)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
-        raise
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        pickle.dump(plain, file, protocol=4)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -226,9 +213,3 @@ def _plain(obj: Any, where: str, done: dict[int, Any]) -> Any:
 
 
 _UNDER_WAY = object()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

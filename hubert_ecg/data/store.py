@@ -14,9 +14,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -100,11 +101,23 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}: {len(self)} records of {self.dataset} at {self.sampling_rate_hz:g} Hz)"
 
-    def __getitem__(self, position: int) -> Record:
-        """The record at a position, with its preprocessed twelve leads at ``stored_rate_hz``."""
+    @overload
+    def __getitem__(self, position: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[Record]: ...
+
+    def __getitem__(self, position: int | slice) -> Record | list[Record]:
+        """The record at a position, with its preprocessed twelve leads at ``stored_rate_hz``; a list for a slice."""
+        if isinstance(position, slice):
+            return [self[place] for place in range(*position.indices(len(self)))]
+        try:
+            position = operator.index(position)
+        except TypeError:
+            raise TypeError(f"Store: index must be a whole number or a slice, got {position!r}") from None
         if not -len(self) <= position < len(self):
             raise IndexError(f"Store: index must be below {len(self)}, got {position}")
-        position = int(position) % len(self)
+        position %= len(self)
         signal, _ = self.gather(np.array([position]), None, int(self.num_samples[position]))
         row = self._table.slice(position, 1).to_pylist()[0]
         return Record(

@@ -45,10 +45,17 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a header's fields and its ``# key: value`` comments, in any of the published spellings."""
+    """Read a header's fields and its ``# key: value`` comments, in any of the published spellings.
+
+    A header that is gone or closed to the reader says nothing; reading its record tells why.
+    """
     lines: list[tuple[str, ...]] = []
     comments: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, PermissionError):
+        content = ""
+    for line in content.splitlines():
         line = line.strip()
         if line.startswith("#"):
             key, colon, value = line.lstrip("# ").partition(":")
@@ -72,6 +79,8 @@ def read(path: Path, sampling_rate_hz: float) -> Record:
     from wfdb.io.header import HeaderSyntaxError
 
     header = read_header(path)
+    if not header.lines:
+        raise ValueError("wfdb_files.read: header must be in WFDB form, got no line of it: empty, or closed to you?")
     # The second word of a signal line is its format; "16x4" is four samples a frame.
     formats = {fields[1] for fields in header.lines[1:] if len(fields) > 1}
     if several := sorted(name for name in formats if re.match(r"\d+x(?!1\b)", name)):

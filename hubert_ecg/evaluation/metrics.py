@@ -132,10 +132,10 @@ def compare_table(runs: Mapping[str, Evaluation], title: str | None = None) -> T
     from rich.text import Text
 
     metrics = _common_metrics(runs)
-    table = _table(title, "Run", ["N", "Labels"], metrics)
+    table = _table(title, "Run", ["Labels"], metrics)
     for name, run in runs.items():
         labels = f"{len(run.labels) - len(run.undefined)}/{len(run.labels)}"
-        table.add_row(Text(name), str(run.num_records), labels, *(Text(str(run.macro[metric])) for metric in metrics))
+        table.add_row(Text(name), labels, *(Text(str(run.macro[metric])) for metric in metrics))
     return table
 
 

@@ -59,6 +59,8 @@ def extract(ecg: Any, feature_type: str, compat: str = "corrected", sample_rate_
     if compat not in ("corrected", "published"):
         raise ValueError(f"extract: compat must be 'corrected' or 'published', got {compat!r}")
     geometry = token_geometry(sample_rate_hz)
+    if ecg is None:
+        raise ValueError("extract: ecg must be [12, T] or [B, 12, T], got None")
     if ecg.ndim not in (2, 3) or ecg.shape[-2] != len(LEADS):
         raise ValueError(f"extract: ecg must be [12, T] or [B, 12, T], got {list(ecg.shape)}")
     if ecg.is_complex():

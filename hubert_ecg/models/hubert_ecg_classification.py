@@ -48,7 +48,10 @@ class HubertECGForClassification(Pretrained, nn.Module):
         config.classifier_dropout = config.classifier_dropout if dropout is None else dropout
         names = config.label_names
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"HubertECGForClassification: label_names must be distinct names, got {list(names)}")
+            hint = "" if names else "; weights that were not fine-tuned have none: give them"
+            raise ValueError(
+                f"HubertECGForClassification: label_names must be distinct names, got {list(names)}{hint}"
+            )
         if config.problem not in ("multilabel", "multiclass", "regression"):
             raise ValueError(
                 "HubertECGForClassification: problem must be multilabel, multiclass or regression, "

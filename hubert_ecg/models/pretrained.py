@@ -90,7 +90,10 @@ class Pretrained:
             old = HubertECGConfig.from_dict(fields)
         except (TypeError, ValueError) as error:
             raise UserError(f"{name_or_path} is no model that this package has: {error}") from error
-        model: Any = cls(dataclasses.replace(old, **changes), **overrides)  # type: ignore[call-arg]
+        try:
+            model: Any = cls(dataclasses.replace(old, **changes), **overrides)  # type: ignore[call-arg]
+        except ValueError as error:
+            raise UserError(f"{name_or_path}: {error}") from error
         load_weights(model, tensors, source=str(name_or_path), fresh=_changed_heads(old, model.config))
         return model.eval()
 
@@ -215,13 +218,23 @@ def _with_heads(fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     return fields
 
 
-def _read_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _read_config(folder: Path) -> Any:
     try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no model folder: it has no config.json") from error
+        inside = ", ".join(str(path.parent) for path in sorted(folder.glob("*/config.json")))
+        hint = f"; did you mean {inside}?" if inside else ""
+        raise UserError(f"{folder} is no model folder: it has no config.json{hint}") from error
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not JSON: {error}") from error
+
+
+def _read_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
+    inside = list(folder.glob("*/config.json"))
+    if not (folder / "config.json").exists() and len(inside) == 1:
+        # The output folder of a run, which holds one model.
+        folder = inside[0].parent
+    fields = _read_config(folder)
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise UserError(f"{folder} is no model folder: it has neither model.safetensors nor pytorch_model.bin")
@@ -250,7 +263,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     if path.suffix == ".safetensors":
-        return _read_folder(path.parent)
+        return _read_config(path.parent), _read_tensors(path)
     content = _torch_load(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no model: it needs a config and a dict of tensors")

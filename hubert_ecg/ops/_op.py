@@ -142,7 +142,7 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
                     continue
                 kind = kind or _kind(array)
                 if not isinstance(array, torch.Tensor):
-                    held[key] = _to_tensor(array, f"{function.__name__}: {name}")
+                    held[key] = to_tensor(array, f"{function.__name__}: {name}")
             result = function(*given, **kwargs)
             return result if kind in (None, "torch") else _give_back(result, kind)
 
@@ -169,10 +169,17 @@ def _kind(array: Any) -> str:
     return "numpy" if isinstance(array, np.ndarray) else type(array).__module__.split(".", 1)[0]
 
 
-def _to_tensor(array: Any, what: str) -> torch.Tensor:
+def to_tensor(array: Any, what: str) -> torch.Tensor:
+    """A tensor of the numbers of a NumPy or CuPy array, in the same memory where torch can read it; not to be written.
+
+    Raises:
+        ValueError: it is no such array, or holds no real numbers.
+    """
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{what} must hold numbers, got dtype {array.dtype}")
+        if array.dtype.itemsize > 8:  # long double
+            array = array.astype(np.float64)
         if not array.dtype.isnative or any(stride % array.itemsize or stride < 0 for stride in array.strides):
             array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writeable(array)))

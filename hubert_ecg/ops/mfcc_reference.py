@@ -27,6 +27,8 @@ def mfcc(
     S = frames.shape[-1]
     if not frames.numel():  # some builds of torch.fft refuse an empty batch
         return frames.new_empty(*frames.shape[:-1], num_mfcc)
+    # In float32, a smooth frame whose filters hold a millionth of its energy has no third digit.
+    dtype, frames = frames.dtype, frames.double()
     window, bank, dct = tables(S, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc, frames.dtype, frames.device)
     # The mean is formed less the first sample, so that a constant frame is exactly zero at any level. Pre-emphasis is
     # written as a difference of neighbours, small and exact in a smooth signal: it rounds the result, not the samples.
@@ -35,7 +37,7 @@ def mfcc(
     emphasised = (frames - before) + (1 - PREEMPHASIS) * (before - mean)
     spectrum = torch.fft.rfft(emphasised * window, 2 * bank.shape[1])[..., :-1]
     energies = (spectrum.real**2 + spectrum.imag**2) @ bank.T
-    return torch.where(energies < ENERGY_FLOOR, ENERGY_FLOOR, energies).log() @ dct
+    return (torch.where(energies < ENERGY_FLOOR, ENERGY_FLOOR, energies).log() @ dct).to(dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,12 +23,17 @@ def time_freq(frames: Tensor) -> Tensor:
     offset = centred.mean(-1, keepdim=True)
     mean = frames[..., 0] + offset[..., 0]
     centred = centred - offset
-    power, variance = frames.square().mean(-1), centred.square().mean(-1)
-    rms, std = power.sqrt(), variance.sqrt()
+    # In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
+    farthest = centred.abs().amax(-1, keepdim=True)
+    scale = torch.where(farthest >= torch.finfo(frames.dtype).tiny, 1 / farthest, 1)
+    scaled = centred * scale
+    scaled_variance = scaled.square().mean(-1)
+    power, std = frames.square().mean(-1), scaled_variance.sqrt() / scale[..., 0]
+    rms, variance = power.sqrt(), std.square()
     peak = torch.maximum(high, -low)
     flat = std <= FLAT * peak
-    skewness = torch.where(flat, 0, centred.pow(3).mean(-1) / (variance * std))
-    kurtosis = torch.where(flat, 0, centred.pow(4).mean(-1) / variance.square() - 3)
+    skewness = torch.where(flat, 0, scaled.pow(3).mean(-1) / scaled_variance.pow(1.5))
+    kurtosis = torch.where(flat, 0, scaled.pow(4).mean(-1) / scaled_variance.square() - 3)
 
     half = torch.fft.rfft(centred)
     half = (half.real.square() + half.imag.square()) / S

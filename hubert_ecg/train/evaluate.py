@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         UserError: the model or the data cannot be read, or do not fit together.
     """
     found = assess(config)
-    base = Path(config.model_path)
+    base = Path(config.model_path).expanduser()
     base = base if base.is_dir() else base.with_suffix("")
     folder = Path(config.output_dir) if config.output_dir else base / config.test_split
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,8 @@ def assess(config: EvaluateConfig) -> Assessment:
     data.check_task(config.dataset, config.data_path, config.task)
     model = HubertECGForClassification.from_pretrained(config.model_path)
     shape = model.config
+    if config.threshold is not None and shape.problem != "multilabel":
+        raise UserError(f"evaluate: threshold is for multilabel models, got {config.threshold:g} for {shape.problem}")
     store = data.open_store(
         config.data_path,
         dataset=config.dataset,

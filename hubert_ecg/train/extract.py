@@ -86,6 +86,15 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
     """
     path = Path(config.output_path)
     _check_suffix(path, _FEATURE_SUFFIXES)
+    if config.compat == "published" and config.crop_s != 5:
+        raise UserError(f"extract: crop_s must be 5 with compat published, got {config.crop_s:g}")
+    try:
+        shape = HubertECGConfig.preset("tiny", sampling_rate_hz=500 / config.downsampling_factor)
+    except ValueError as error:
+        raise UserError(
+            f"extract: no model has tokens at downsampling_factor {config.downsampling_factor} "
+            f"(500 Hz divided by it): {error}"
+        ) from error
     device = machine.device(config.device)
     store = data.open_store(
         config.data_path,
@@ -96,7 +105,6 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
         num_workers=config.num_workers,
     )
     rate = store.sampling_rate_hz
-    shape = HubertECGConfig.preset("tiny", sampling_rate_hz=rate)
     loader = data.Loader(
         store, store.split("all"), _BATCH, crop_s=config.crop_s, crop="first", num_workers=config.num_workers
     )

@@ -39,7 +39,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
         UserError: If the data, the settings, the weights or the checkpoint to resume from do not allow it.
-        RuntimeError: If the loss is not finite.
+        RunError: If the loss is not finite.
     """
     check_wandb(config.wandb)
     data.check_task(config.dataset, config.data_path, config.task)
@@ -308,17 +308,22 @@ class Classification(Objective):
         return {"loss": loss, **{name: float("nan") if value is None else value for name, value in values.items()}}
 
     def save_best(self) -> None:
-        records = self.records
-        if records.problem == "multilabel":
-            targets = records.targets[records.validation]
-            self.model.config.thresholds = evaluation.choose_thresholds(targets, self._last_scores).tolist()
+        self._choose_thresholds()
         with self._in_units():
             save_file(self.model, self.file, extra=self._extra())
             self.model.save_pretrained(self.folder)
 
     def save_last(self) -> None:
+        self._choose_thresholds()
         with self._in_units():
             self.model.save_pretrained(self.folder / "last")
+
+    def _choose_thresholds(self) -> None:
+        """On the scores of the last validation, which are those of the model as it is now."""
+        records = self.records
+        if records.problem == "multilabel":
+            targets = records.targets[records.validation]
+            self.model.config.thresholds = evaluation.choose_thresholds(targets, self._last_scores).tolist()
 
     @contextlib.contextmanager
     def _in_units(self) -> Iterator[None]:

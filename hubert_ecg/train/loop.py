@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_ecg import __version__
-from hubert_ecg.config import FinetuneConfig, PretrainConfig, UserError, to_json
+from hubert_ecg.config import FinetuneConfig, PretrainConfig, RunError, UserError, to_json
 from hubert_ecg.files import write_json
 from hubert_ecg.train import checkpoint
 from hubert_ecg.train.logs import Logs, say
@@ -191,7 +191,7 @@ class Loop:
 
         Raises:
             Interrupted: After SIGINT or SIGTERM, once a checkpoint is written.
-            RuntimeError: If a loss or gradient is not finite, with the records of its batch.
+            RunError: If a loss or gradient is not finite, with the records of its batch.
             UserError: If the run cannot be resumed as asked.
         """
         resumed, news = self._resume()
@@ -225,9 +225,10 @@ class Loop:
     def _train(self) -> None:
         self.objective.train_mode()
         self._since = time.monotonic()
-        # Stopped between a step and its validation.
-        self._validate_if_due()
-        while True:
+        # Stopped between a step and its validation: what was left to do after it comes first.
+        if self._validate_if_due():
+            self._keep(validated=True)
+        while not self.progress.finished:
             epoch, steps_done = divmod(self.progress.step, self.steps_per_epoch)
             source = self.batches.batches(epoch, start=steps_done * self.config.accumulate_steps)
             with contextlib.closing(_groups(source, self.config.accumulate_steps)) as groups:
@@ -271,20 +272,23 @@ class Loop:
 
     def _after_step(self) -> None:
         """Log, validate, write a checkpoint, stop: in this order, so that a checkpoint has all rows up to its step."""
-        step, progress = self.progress.step, self.progress
-        last = step == self.total_steps
-        if step % self.config.log_every == 0 or last:
+        step = self.progress.step
+        if step % self.config.log_every == 0 or step == self.total_steps:
             self._log()
         self.logs.advance(step)
         self._poll()
-        validated = self._validate_if_due()
-        if last:
+        self._keep(validated=self._validate_if_due())
+        self._poll()
+
+    def _keep(self, validated: bool) -> None:
+        """Write what is due after a step and its validation."""
+        step, progress = self.progress.step, self.progress
+        if step == self.total_steps:
             progress.finished = progress.finished or "all steps are taken"
         if progress.finished:
             self.objective.save_last()
         if validated or progress.finished or step % self.config.checkpoint_every == 0:
             self._save()
-        self._poll()
 
     def _validate_if_due(self) -> bool:
         step, progress = self.progress.step, self.progress
@@ -345,7 +349,7 @@ class Loop:
             records = next(records for step, records in self._unseen if step == bad_step)
             names = ", ".join(str(name) for name in self.record_names(records))
             kept = self.checkpoint_path if self.checkpoint_path.is_file() else "none yet"
-            raise RuntimeError(
+            raise RunError(
                 f"{self.title}: the loss or its gradient is not finite at step {bad_step}, on the batch of records "
                 f"{names}; look at these records, or try a lower --learning_rate or --precision float32 "
                 f"(last checkpoint: {kept})"

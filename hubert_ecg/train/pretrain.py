@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     Raises:
         UserError: If the data, the settings or the checkpoint to resume from do not allow it.
-        RuntimeError: If the loss is not finite.
+        RunError: If the loss is not finite.
     """
     check_wandb(config.wandb)
     if config.compat == "published" and config.crop_s != 5:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data import DATASETS, Entry, default_data_path, open_dataset
+from hubert_ecg.data import DATASETS, Entry, ReadError, default_data_path, open_dataset
 from hubert_ecg.data.datasets.challenge import snomed
 from hubert_ecg.data.folds import assign_folds
 from hubert_ecg.signal import LEADS
@@ -103,6 +103,12 @@ def test_ptbxl_without_its_tables(ptbxl):
     (ptbxl / "ptbxl_database.csv").unlink()
     with pytest.raises(UserError, match=r"neither ptbxl_database\.csv nor ptbxl_labels\.csv"):
         open_dataset("ptbxl", ptbxl)
+
+
+def test_ptbxl_table_that_is_no_table(ptbxl):
+    (ptbxl / "ptbxl_database.csv").write_text("")
+    with pytest.raises(UserError, match=r"ptbxl: .*ptbxl_database\.csv cannot be read"):
+        open_dataset("ptbxl", ptbxl).entries()
 
 
 def test_ptbxl_with_its_label_table_instead(shared_data):
@@ -251,6 +257,14 @@ def test_csv_mistakes(tmp_path, table, message):
         open_dataset("csv", tmp_path).entries()
 
 
+def test_csv_names_of_digits_keep_their_zeros(tmp_path):
+    for name in ("00001", "00002"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((12, 10)))
+    (tmp_path / "labels.csv").write_text("Filename,record_id,AF\n00001,007,1\n00002,,0\n")
+    entries = open_dataset("auto", tmp_path).entries()
+    assert [(entry.record_id, entry.path.name) for entry in entries] == [("007", "00001.npy"), ("00002", "00002.npy")]
+
+
 def test_folder_takes_what_can_be_read(tmp_path):
     for name in ("b/x.npy", "a.npy", "r.hea", "r.mat", "r.dat", "lone.mat", ".hidden.npy", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -260,6 +274,39 @@ def test_folder_takes_what_can_be_read(tmp_path):
     entries = open_dataset("auto", tmp_path).entries()
     assert [entry.source for entry in entries] == ["a.npy", "ecg.txt", "lone.mat", "r.hea", "b/x.npy"]
     assert [entry.record_id for entry in entries] == ["a", "ecg", "lone", "r", "b/x"]
+
+
+def test_folder_follows_links_once(tmp_path):
+    (tmp_path / "data/sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("data/a.npy", "data/sub/b.npy", "elsewhere/c.npy"):
+        (tmp_path / name).touch()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data/sub")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "all").symlink_to(tmp_path / "data")
+    dataset = open_dataset("auto", tmp_path / "all")
+    assert [entry.source for entry in dataset.entries()] == ["a.npy", "sub/b.npy", "linked/c.npy"]
+    before = dataset.fingerprint()
+    (tmp_path / "elsewhere/c.npy").write_bytes(b"more")
+    assert dataset.fingerprint() != before
+
+
+@pytest.mark.parametrize("name", ["folder", "challenge"])
+def test_links_that_lead_nowhere_are_records_that_cannot_be_read(tmp_path, name):
+    write_header(tmp_path / "A0001.hea", ["426783006"])
+    (tmp_path / "A0002.hea").symlink_to(tmp_path / "nowhere")
+    if name == "folder":
+        for suffix in (".npy", ".txt"):
+            (tmp_path / f"gone{suffix}").symlink_to(tmp_path / "nowhere")
+    dataset = open_dataset(name, tmp_path)
+    assert dataset.fingerprint() == dataset.fingerprint()
+    entries = dataset.entries()
+    assert len(entries) == (4 if name == "folder" else 2)
+    for entry in entries:
+        if "A0001" not in entry.source:
+            with pytest.raises(ReadError, match="no such file"):
+                dataset.read(entry)
 
 
 def test_unknown_names(tmp_path, shared_data):

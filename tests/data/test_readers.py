@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 import sys
 
 import h5py
@@ -59,6 +60,13 @@ def test_npy_of_twelve_samples_has_leads_first(tmp_path):
 def test_npy_of_another_kind(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ReadError, match=message):
+        read_record(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", pickle.dumps([1]), b"PK\x03\x04"])
+def test_npy_that_is_none(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ReadError, match=r"must be in NumPy's \.npy format"):
         read_record(tmp_path / "a.npy")
 
 
@@ -161,6 +169,12 @@ X1.mat 16+24 1000(7)/mV 16 0 1 1 0 I
 X1.mat 16+24 500/uV 16 3 1 1 0 II
 #Age: 50
 """
+
+
+def test_an_empty_header(tmp_path):
+    (tmp_path / "X1.hea").touch()
+    with pytest.raises(ReadError, match="header must be in WFDB form, got no line of it"):
+        read_record(tmp_path / "X1.hea")
 
 
 def test_headers_that_wfdb_refuses(tmp_path):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -130,6 +131,35 @@ def test_skipped_records_have_a_reason(tmp_path, beats):
         ("r2.npy", "only 0.4 s long; at least 1 s are needed"),
     ]
     np.testing.assert_allclose(store[1].signal, expected(dataset, 3), atol=2e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take UTF-8 names only")
+def test_names_that_are_no_utf8(tmp_path):
+    folder = os.fsencode(tmp_path / "données 心")
+    os.mkdir(folder)
+    with open(folder + b"/caf\xe9.npy", "wb") as file:
+        np.save(file, np.random.default_rng(0).standard_normal((12, 1000)))
+    with open(folder + b"/th\xe9.npy", "wb"):
+        pass
+    store = build.build(open_dataset("folder", tmp_path / "données 心"), tmp_path / "s")
+    assert [(record.record_id, record.source) for record in store] == [("caf\\xe9", "caf\\xe9.npy")]
+    ((source, reason),) = store.skipped
+    assert source == "th\\xe9.npy"
+    assert reason.startswith("th\\xe9.npy: npy.read: ")
+
+
+def test_indexing_is_that_of_a_list(store):
+    names = [record.record_id for record in store]
+    for position in (0, 5, -1, -6, np.int64(2), np.uint8(3), np.int16(-2)):
+        assert store[position].record_id == names[position]
+    for part in (slice(1, 3), slice(None, None, -2), slice(4, 99), slice(3, 3)):
+        assert [record.record_id for record in store[part]] == names[part]
+    for position in (6, -7, np.int64(6)):
+        with pytest.raises(IndexError, match="Store: index must be below 6"):
+            store[position]
+    for position in (1.0, "r1", None, np.array([0, 1])):
+        with pytest.raises(TypeError, match="Store: index must be a whole number or a slice"):
+            store[position]
 
 
 def test_nothing_readable(tmp_path, beats):

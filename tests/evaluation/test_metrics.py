@@ -231,6 +231,9 @@ def test_compare_table_has_a_row_for_each_run():
     for name, run in runs.items():
         row = next(line for line in shown.splitlines() if name in line)
         assert all(str(estimate) in row for estimate in run.macro.values())
+    narrow = text(compare_table(runs))
+    for run in runs.values():
+        assert all(part in narrow for estimate in run.macro.values() for part in str(estimate).split())
     with pytest.raises(ValueError, match="one kind of problem"):
         compare_table({**runs, "three": evaluate(targets * 1.0, scores, names(4), "regression", num_bootstrap=0)})
 

@@ -75,6 +75,33 @@ def test_equals_torchaudio(kaldi, num_samples, band, backend):
         assert_close(ops.mfcc(frames.float(), 100, *band), want, rtol=0, atol=1e-3, name="float32")
 
 
+def smooth_frames(num_samples):
+    """Frames [400, S] float32 with next to nothing where the filters are: slow waves, ramps, single beats."""
+    random = torch.Generator().manual_seed(num_samples)
+    t = torch.arange(num_samples, dtype=torch.float64) / 100
+
+    def draw(low, high):
+        return low + (high - low) * torch.rand(100, 1, generator=random, dtype=torch.float64)
+
+    waves = torch.sin(draw(0.1, 20) * t + draw(0, 6))
+    ramps = draw(-1, 1) * t + draw(-1, 1) * t**2
+    beats = torch.exp(-(((t - draw(0, num_samples / 100)) / draw(0.02, 0.2)) ** 2))
+    smooth = torch.cat([waves, ramps, beats, waves + beats])
+    return smooth.float()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_samples", [32, 64, 101, 322])
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e3, 1e12, 1e30])
+def test_smooth_frames_and_any_unit_keep_their_digits_in_float32(kaldi, num_samples, scale, backend):
+    frames = smooth_frames(num_samples) * scale
+    for low_hz in (0.5, 20.0):
+        want = torchaudio_mfcc(kaldi, frames.double(), low_freq=low_hz)
+        with use_backend(backend):
+            assert_close(ops.mfcc(frames, 100, low_hz), want, rtol=0, atol=1e-3, name="float32")
+            assert_close(ops.mfcc(frames.double(), 100, low_hz), want, rtol=0, atol=1e-6, name="float64")
+
+
 def test_equals_kaldi_native_fbank():
     fbank = pytest.importorskip("kaldi_native_fbank")
     options = fbank.MfccOptions()

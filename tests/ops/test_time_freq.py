@@ -55,6 +55,17 @@ def test_is_finite_on_flat_frames(num_samples, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_skewness_and_kurtosis_do_not_depend_on_the_unit(dtype, backend):
+    frames = np.random.default_rng(0).standard_normal((20, 64)) ** 3
+    with use_backend(backend):
+        for exponent in (-30, -20, -10, 0, 10, 18):
+            got = ops.time_freq((frames * 10.0**exponent).astype(dtype))
+            np.testing.assert_allclose(got[:, 10:12], by_scipy(frames)[:, 10:12], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(got[:, 5], 10.0**exponent * frames.std(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_signal_on_a_high_level_is_not_flat(backend):
     signal = np.random.default_rng(0).standard_normal((20, 64)) ** 3
     frames = (1000 + signal).astype(np.float32)

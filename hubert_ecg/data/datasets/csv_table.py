@@ -49,7 +49,10 @@ class CsvTable(Dataset):
             for role, names in _COLUMNS.items()
         }
         if self._roles["file"] is None:
-            raise UserError(f"csv: {self._table} must have a column filename, got {', '.join(rows.columns)}")
+            raise UserError(
+                f"csv: {self._table} must have a column filename, got {', '.join(rows.columns)}; "
+                "--dataset folder reads the recordings without it"
+            )
         used = set(self._roles.values())
         facts = [name for name in rows.columns if name not in used and not name.startswith("Unnamed")]
         self._labels = [name for name in facts if _is_label(rows[name])]
@@ -80,7 +83,10 @@ class CsvTable(Dataset):
         import pandas as pd
 
         try:
-            return pd.read_csv(self._table)
+            columns = pd.read_csv(self._table, nrows=0).columns
+            # 00001 is a name and not the number 1.
+            names = [name for name in columns if name.strip().lower() in (*_COLUMNS["file"], *_COLUMNS["record_id"])]
+            return pd.read_csv(self._table, dtype=dict.fromkeys(names, str))
         except (ValueError, UnicodeDecodeError) as error:
             raise UserError(f"csv: {self._table} cannot be read: {error}") from error
 

@@ -34,5 +34,9 @@ class Folder(Dataset):
 
 def _is_recording(path: Path) -> bool:
     if path.suffix.lower() == ".txt":
-        return bool(text.header(path))
+        try:
+            return bool(text.header(path))
+        except OSError:
+            # Listed, so that reading it says why it is skipped.
+            return True
     return path.suffix.lower() == ".hea" or not path.with_suffix(".hea").is_file()

@@ -49,7 +49,10 @@ class PtbXl(Dataset):
     def entries(self) -> list[Entry]:
         import pandas as pd
 
-        rows = pd.read_csv(self._table, dtype={"ecg_id": str, "patient_id": str})
+        try:
+            rows = pd.read_csv(self._table, dtype={"ecg_id": str, "patient_id": str})
+        except ValueError as error:
+            raise UserError(f"ptbxl: {self._table} cannot be read: {error}") from error
         missing = {"ecg_id", "patient_id", "strat_fold", "filename_hr"} - set(rows.columns)
         if missing:
             raise UserError(f"ptbxl: {self._table} has no column {', '.join(sorted(missing))}")
