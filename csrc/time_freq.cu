@@ -1,5 +1,5 @@
 #include <algorithm>
-#include <limits>
+#include <cfloat>
 
 #include "launch.h"
 #include "time_freq.h"
@@ -57,7 +57,7 @@ __global__ void time_freq_kernel(const T* frames, const T* circle, T* out, int64
     const T offset = warp_sum(sum) / n, mean_square = warp_sum(squares) / n, mean = base + offset;
     // In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
     const T above = high - base - offset, below = offset - (low - base), farthest = above > below ? above : below;
-    constexpr T smallest = std::numeric_limits<T>::min();
+    const T smallest = sizeof(T) == sizeof(float) ? T(FLT_MIN) : T(DBL_MIN);
     const T scale = farthest >= smallest ? T(1) / farthest : T(1);
     T second = 0, third = 0, fourth = 0;
     for (int i = lane; i < S; i += kWarp) {

@@ -29,14 +29,18 @@ HUBERT_ECG_INLINE void moments(int64_t S, V<T>* x, V<T>* feature) {
   // In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
   const V<T> above = high - base - offset, below = offset - (low - base), farthest = above > below ? above : below;
   const V<T> scale = farthest >= std::numeric_limits<T>::min() ? T(1) / farthest : V<T>{} + T(1);
-  V<T> second = {}, third = {}, fourth = {};
+  // Four sums of each: one would round off every small sample against a spike.
+  V<T> seconds[4] = {}, thirds[4] = {}, fourths[4] = {};
   for (int64_t i = 0; i < S; ++i) {
     x[i] -= offset;
     const V<T> v = x[i] * scale, v2 = v * v;
-    second += v2;
-    third += v2 * v;
-    fourth += v2 * v2;
+    seconds[i % 4] += v2;
+    thirds[i % 4] += v2 * v;
+    fourths[i % 4] += v2 * v2;
   }
+  const V<T> second = (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]),
+             third = (thirds[0] + thirds[1]) + (thirds[2] + thirds[3]),
+             fourth = (fourths[0] + fourths[1]) + (fourths[2] + fourths[3]);
   const V<T> power = squares / n, rms = square_root<T>(power), scaled_variance = second / n,
              scaled_deviation = square_root<T>(scaled_variance), deviation = scaled_deviation / scale;
   const V<T> peak = high > -low ? high : -low;

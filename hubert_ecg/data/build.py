@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal as os_signal
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -351,8 +352,17 @@ def _start_worker(dataset: Dataset, settings: Settings) -> None:
     global _worker
     # Ctrl-C reaches the whole group of processes; the parent ends the others in order.
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
+    # A parent that is killed cannot end anyone: without this its workers would wait for work for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker = dataset, settings
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: list[Entry]) -> list[_Result]:

@@ -123,7 +123,7 @@ class Evaluation:
 
 
 def compare_table(runs: Mapping[str, Evaluation], title: str | None = None) -> Table:
-    """Macro metrics of several runs, one row a run.
+    """Macro metrics of several runs on the same records, one row a run.
 
     Args:
         runs: name -> evaluation; all of the same kind of problem.
@@ -132,10 +132,9 @@ def compare_table(runs: Mapping[str, Evaluation], title: str | None = None) -> T
     from rich.text import Text
 
     metrics = _common_metrics(runs)
-    table = _table(title, "Run", ["Labels"], metrics)
+    table = _table(title, "Run", [], metrics)
     for name, run in runs.items():
-        labels = f"{len(run.labels) - len(run.undefined)}/{len(run.labels)}"
-        table.add_row(Text(name), labels, *(Text(str(run.macro[metric])) for metric in metrics))
+        table.add_row(Text(name), *(Text(str(run.macro[metric])) for metric in metrics))
     return table
 
 

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 
@@ -335,6 +337,32 @@ def test_a_worker_that_imports_an_unguarded_script_does_not_hang(tmp_path, beats
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with pytest.raises(RuntimeError, match="__name__ == '__main__'"):
         build.build(beats(), tmp_path / "s")
+
+
+_KILLED_PARENT = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from hubert_ecg.data.build import _start_worker
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(None, None))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(_KILLED_PARENT)
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            # The worker holds the other end of the pipe as well: it closes when the worker is gone.
+            parent.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            raise
 
 
 def test_real_recordings_of_every_source_are_packed(shared_data, tmp_path):
