@@ -511,8 +511,9 @@ def _move_empty_clusters(
         distances[weight <= 0] = 0
     # A stable sort: among points equally far, the first.
     farthest = distances.sort(descending=True, stable=True).indices[: len(empty)]
-    # Not farther than the centre's own rounding is on the centre.
-    nearby = (2 * torch.finfo(points.dtype).eps * points[farthest].double()).square().sum(1)
+    # A mean of N equal points misses them by the rounding of its sum and of its result: such a point is on its centre.
+    relative = 2 * torch.finfo(points.dtype).eps + len(points) * torch.finfo(torch.float64).eps
+    nearby = (relative * points[farthest].double()).square().sum(1)
     moved = 0
     for cluster, point, rounding in zip(empty.tolist(), farthest.tolist(), nearby.tolist(), strict=True):
         own = int(labels[point])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from hubert_ecg import cli
-from hubert_ecg.config import PRETRAIN_PRESETS, UserError
+from hubert_ecg.config import PRETRAIN_PRESETS, RunError, UserError
 
 
 def error_line(capsys, *argv: str) -> str:
@@ -29,6 +29,9 @@ def error_line(capsys, *argv: str) -> str:
         (["pretrain", "--data_path", "x", "--mask_prob", "1.5"], "--mask_prob"),
         (["pretrain", "--data_path", "x", "--learning_rate", "nan"], "--learning_rate"),
         (["pretrain", "--data_path", "x", "--feature_type", "mfc"], "feature_type"),
+        (["pretrain", "--data_path", "x", "--max_steps", "many"], "--max_steps must be int, got many"),
+        (["pretrain", "--data_path", "x", "--preset", "ours"], "--preset must be one of ['published'], got ours"),
+        (["pretrain", "--data_path", "x", "--crop_s", "0.05"], "--crop_s must be at least 0.1 seconds"),
         (["pretrain", "--data_path", "/no/such/folder"], "/no/such/folder"),
         (["extract", "--data_path", "/no/such/folder", "--output_path", "f.pkl"], "/no/such/folder"),
         (["cluster", "--features_path", "/no/such/file.pkl", "--output_path", "k.pkl"], "/no/such/file.pkl"),
@@ -43,6 +46,25 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(argv, named, capsys)
     assert named in error_line(capsys, *argv)
 
 
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    def write(config):
+        (config.output_dir / "model").mkdir(parents=True)
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cli.Command, "function", lambda self: write)
+    line = error_line(capsys, "pretrain", "--data_path", "x", "--output_dir", str(tmp_path / "file"))
+    assert line == f"hubert-ecg: error: {tmp_path / 'file' / 'model'}: Not a directory"
+
+
+def test_a_run_that_cannot_go_on_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    def stop(config):
+        raise RunError("the loss is not finite,\non the batch of records a, b")
+
+    monkeypatch.setattr(cli.Command, "function", lambda self: stop)
+    assert cli.main(["pretrain", "--data_path", "x"]) == 1
+    assert capsys.readouterr().err == "hubert-ecg: error: the loss is not finite, on the batch of records a, b\n"
+
+
 def test_a_switch_needs_no_value():
     assert cli.parse("pretrain", ["--data_path", "x", "--resume"]).resume is True
     assert cli.parse("pretrain", ["--resume", "--data_path", "x"]).resume is True
@@ -54,6 +76,8 @@ def test_a_preset_sets_its_recipe_and_flags_beside_it_win():
     assert config.batch_size == 64
     assert config.mask_prob == PRETRAIN_PRESETS["published"]["mask_prob"] == 0.33
     assert config.max_steps == 80_000
+    # 100 epochs of a small data set would be fewer.
+    assert config.num_epochs >= config.max_steps
     assert config.compat == "published"
 
 

@@ -191,6 +191,10 @@ def build(
         raise UserError(
             f"cannot make {folder}: {error.strerror}; HUBERT_ECG_CACHE names another cache folder"
         ) from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"cannot write into {folder}: choose another folder; HUBERT_ECG_CACHE names another cache folder"
+        )
     with _locked(folder / ".lock", progress):
         if (folder / MANIFEST).is_file():
             return _finished(folder, plan)

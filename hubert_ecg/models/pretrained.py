@@ -172,6 +172,10 @@ def _download(repository: str) -> Path:
         raise UserError(
             f"no folder {repository} here, and downloading needs huggingface_hub: pip install hubert-ecg[hub]"
         ) from error
+    # It tells of each of its attempts; one line at the end is enough.
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     try:
         config = hf_hub_download(repository, "config.json")
         for name in ("model.safetensors", "pytorch_model.bin"):
@@ -182,6 +186,8 @@ def _download(repository: str) -> Path:
         raise UserError(
             f"{repository} is no folder here and cannot be had from the Hugging Face hub: {_first_line(error)}"
         ) from error
+    finally:
+        hub.setLevel(level)
     return Path(config).parent
 
 

@@ -225,6 +225,15 @@ def test_a_folder_that_holds_something_else(tmp_path, beats, store):
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_folder_that_is_closed(tmp_path, beats, store, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"cannot write into .*closed: .*HUBERT_ECG_CACHE"):
+        build.build(beats(), tmp_path / "closed")
+    assert not list((tmp_path / "closed").iterdir())
+    # A finished store is only read.
+    assert len(build.build(beats(), store.path, shard_records=2)) == 6
+
+
 def test_two_builders_make_one_store(tmp_path, beats):
     datasets = [beats(), beats()]
     threads = [

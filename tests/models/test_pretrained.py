@@ -286,7 +286,7 @@ def test_fine_tuning_takes_the_backbone(source, pretraining, tmp_path, caplog):
     assert model.hubert_ecg.encoder.layerdrop == 0.25
     assert model.classifier_dropout.p == 0.5
     assert "drawn afresh: classifier.bias, classifier.weight" in caplog.text
-    with pytest.raises(ValueError, match="label_names must be distinct names"):
+    with pytest.raises(UserError, match="label_names must be distinct names, got .*; weights that were not fine-tuned"):
         HubertECGForClassification.from_pretrained(path)
 
 
@@ -406,6 +406,38 @@ def test_names_go_to_the_hub(name, repository, weights, pretraining, tmp_path, m
     _assert_same_encoder(HubertECG.from_pretrained(name), pretraining)
     assert {repo for repo, _ in asked} == {repository}
     assert ("pytorch_model.bin" in dict(map(reversed, asked))) == weights.endswith("bin")
+
+
+def test_the_folder_around_a_single_model_stands_for_it(pretraining, tmp_path):
+    pretraining.save_pretrained(tmp_path / "out" / "hubert_ecg")
+    _assert_same_encoder(HubertECG.from_pretrained(tmp_path / "out"), pretraining)
+    pretraining.save_pretrained(tmp_path / "out" / "other")
+    with pytest.raises(UserError, match=r"has no config.json; did you mean .*hubert_ecg, .*other\?"):
+        HubertECG.from_pretrained(tmp_path / "out")
+
+
+def test_a_safetensors_file_is_read_itself(pretraining, tmp_path):
+    pretraining.save_pretrained(tmp_path)
+    _assert_same_encoder(HubertECG.from_pretrained(tmp_path / "model.safetensors"), pretraining)
+    # Not the model beside it.
+    save_safetensors({"cluster_centers": torch.ones(2, 3)}, tmp_path / "kmeans.safetensors")
+    with pytest.raises(UserError, match="kmeans.safetensors does not fit HubertECG: missing encoder"):
+        HubertECG.from_pretrained(tmp_path / "kmeans.safetensors")
+
+
+def test_the_hub_tells_nothing_of_its_attempts(pretraining, tmp_path, monkeypatch, caplog):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(repository, name):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match="no network"):
+        HubertECG.from_pretrained("hubert_ecg_base")
+    assert not caplog.records
+    logging.getLogger("huggingface_hub").warning("still heard")
+    assert logging.getLogger("huggingface_hub").level != logging.ERROR
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path, monkeypatch):

@@ -212,6 +212,17 @@ def use(monkeypatch, store):
     monkeypatch.setattr("hubert_ecg.data.open_store", lambda *args, **kwargs: store, raising=False)
 
 
+def test_the_last_model_has_thresholds_of_its_own(config, cohort):
+    # The first validation is the best one, so that best and last differ.
+    result = train.finetune(config(learning_rate=1.0, max_steps=6, validate_every=1, freeze_encoder=True))
+    assert result["best_step"] < 6
+    validation = cohort.split("validation")
+    last = HubertECGForClassification.from_pretrained(result["folder"] / "last")
+    scores = train.predict(last, cohort, validation, num_crops=2, device="cpu", num_workers=0)
+    wanted = evaluation.choose_thresholds(cohort.targets("all")[validation], scores)
+    np.testing.assert_allclose(last.config.thresholds, wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_a_regression_predicts_in_its_own_unit(config, cohort, monkeypatch, head):
     values = np.linspace(40, 90, len(cohort))[:, None]

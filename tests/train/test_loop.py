@@ -51,8 +51,10 @@ def kill_after(step: int, number: int):
     return on_step
 
 
-# 5 ends an epoch, 8 is a checkpoint of its own, 7 falls between log rows.
-@pytest.mark.parametrize(("stop", "number"), [(5, signal.SIGTERM), (7, signal.SIGINT), (8, signal.SIGTERM)])
+# 5 ends an epoch, 8 is a checkpoint of its own, 7 falls between log rows, 20 is the last step.
+@pytest.mark.parametrize(
+    ("stop", "number"), [(5, signal.SIGTERM), (7, signal.SIGINT), (8, signal.SIGTERM), (20, signal.SIGTERM)]
+)
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, straight, capsys, stop, number):
     with pytest.raises(Interrupted) as stopped:
         make_loop(tmp_path, on_step=kill_after(stop, number)).run()
@@ -282,6 +284,28 @@ def test_early_stopping_counts_validations_and_survives_a_resume(tmp_path):
     with pytest.raises(Interrupted):
         run(tmp_path / "b", on_step=kill_after(13, signal.SIGTERM))
     assert run(tmp_path / "b", resume=True) == progress
+
+
+@pytest.mark.parametrize("stop", [4, 20])
+def test_a_run_that_ends_with_the_validation_it_was_stopped_before_takes_no_further_step(tmp_path, stop):
+    def run(**fields):
+        loop = make_loop(tmp_path, patience=1, validate_every=2 if stop == 4 else 0, **fields)
+        values = iter([1.0, 2.0] if stop == 4 else [4.0, 3.0, 2.0, 1.0])
+        if fields.get("resume"):
+            values = iter([list(values)[-1]])
+        loop.objective.validate = lambda poll: {"loss": next(values), "error": 0.0}
+        return loop.run()
+
+    def never(step, batch):
+        raise AssertionError("a finished run took a step")
+
+    with pytest.raises(Interrupted):
+        run(on_step=kill_after(stop, signal.SIGTERM))
+    progress = run(resume=True, on_step=never)
+    assert (progress.step, progress.validated_step) == (stop, stop)
+    assert progress.finished
+    assert (tmp_path / "last.pt").is_file()
+    assert checkpoint.load(tmp_path / "checkpoint.safetensors")["progress"]["finished"] == progress.finished
 
 
 def test_the_best_and_the_last_are_kept(tmp_path):
