@@ -100,7 +100,7 @@ __global__ void time_freq_kernel(const T* frames, const T* circle, T* out, int64
 
     if (lane == 0 && inside) {
       const T rms = sqrt(mean_square), peak = high > -low ? high : -low;
-      const bool flat = deviation <= T(kFlat) * peak;
+      const bool flat = deviation <= kFlat<T> * peak;
       const T features[kTimeFreqFeatures] = {low,
                                              high,
                                              mean,

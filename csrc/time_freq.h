@@ -4,8 +4,10 @@
 namespace hubert_ecg {
 
 constexpr int kTimeFreqFeatures = 16;
-// A frame whose standard deviation is below this share of its peak is flat: it has no skewness and no kurtosis.
-constexpr double kFlat = 1e-6;
+// A frame whose standard deviation is at most this share of its peak is flat, as for SciPy: it has no skewness and no
+// kurtosis.
+template <class T>
+constexpr T kFlat = T(sizeof(T) == sizeof(float) ? 1e-6 : 1e-15);
 constexpr double kCrestEpsilon = 1e-9;
 
 // Statistics of each row of `frames`, and of its power spectrum |X_k|^2 / S over all S bins: min, max, mean, rms,

@@ -44,7 +44,7 @@ HUBERT_ECG_INLINE void moments(int64_t S, V<T>* x, V<T>* feature) {
   const V<T> power = squares / n, rms = square_root<T>(power), scaled_variance = second / n,
              scaled_deviation = square_root<T>(scaled_variance), deviation = scaled_deviation / scale;
   const V<T> peak = high > -low ? high : -low;
-  const auto flat = deviation <= T(kFlat) * peak;
+  const auto flat = deviation <= kFlat<T> * peak;
   feature[0] = low + not_finite;
   feature[1] = high + not_finite;
   feature[2] = base + offset + not_finite;

@@ -49,9 +49,7 @@ class HubertECGForClassification(Pretrained, nn.Module):
         names = config.label_names
         if not names or len(set(names)) < len(names):
             hint = "" if names else "; weights that were not fine-tuned have none: give them"
-            raise ValueError(
-                f"HubertECGForClassification: label_names must be distinct names, got {list(names)}{hint}"
-            )
+            raise ValueError(f"HubertECGForClassification: label_names must be distinct names, got {list(names)}{hint}")
         if config.problem not in ("multilabel", "multiclass", "regression"):
             raise ValueError(
                 "HubertECGForClassification: problem must be multilabel, multiclass or regression, "

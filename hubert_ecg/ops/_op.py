@@ -135,14 +135,18 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
             kind = None
             given = list(args)
             for place, name in places:
-                held: Any = given if place < len(given) else kwargs
-                key: Any = place if place < len(given) else name
-                array = held[key] if held is given else held.get(key)
+                by_place = place < len(given)
+                array = given[place] if by_place else kwargs.get(name)
                 if array is None:
                     continue
                 kind = kind or _kind(array)
-                if not isinstance(array, torch.Tensor):
-                    held[key] = to_tensor(array, f"{function.__name__}: {name}")
+                if isinstance(array, torch.Tensor):
+                    continue
+                tensor = to_tensor(array, f"{function.__name__}: {name}")
+                if by_place:
+                    given[place] = tensor
+                else:
+                    kwargs[name] = tensor
             result = function(*given, **kwargs)
             return result if kind in (None, "torch") else _give_back(result, kind)
 

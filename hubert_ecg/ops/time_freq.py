@@ -38,8 +38,9 @@ def time_freq(frames: Array) -> Array:
     two-sided power spectrum ``|X_k|^2 / S`` over all S bins. Variances divide by S. Skewness and kurtosis are those of
     ``scipy.stats`` (biased; kurtosis by Fisher, 0 for a normal distribution).
 
-    A frame is flat when its standard deviation is at most 1e-6 of its peak, a few float32 roundings: what varies there
-    is noise of the arithmetic, and skewness and kurtosis are 0. A frame with NaN or infinity gives NaN throughout.
+    A frame is flat when its standard deviation is at most 1e-6 of its peak (1e-15 in float64), a few roundings: what
+    varies there is noise of the arithmetic, and skewness and kurtosis are 0. A frame with NaN or infinity gives NaN
+    throughout.
 
     >>> time_freq(torch.tensor([3.0, -1.0, 3.0, -1.0]))[:8]
     tensor([-1.0000,  3.0000,  1.0000,  2.2361,  4.0000,  2.0000,  5.0000,  3.0000])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A frame whose standard deviation is at most this share of its peak is flat: what varies is rounding.
-FLAT = 1e-6
+# A frame whose standard deviation is at most this share of its peak is flat, as for SciPy: what varies is rounding.
+FLAT = {torch.float32: 1e-6, torch.float64: 1e-15}
 CREST_EPSILON = 1e-9
 
 
@@ -31,7 +31,7 @@ def time_freq(frames: Tensor) -> Tensor:
     power, std = frames.square().mean(-1), scaled_variance.sqrt() / scale[..., 0]
     rms, variance = power.sqrt(), std.square()
     peak = torch.maximum(high, -low)
-    flat = std <= FLAT * peak
+    flat = std <= FLAT[frames.dtype] * peak
     skewness = torch.where(flat, 0, scaled.pow(3).mean(-1) / scaled_variance.pow(1.5))
     kurtosis = torch.where(flat, 0, scaled.pow(4).mean(-1) / scaled_variance.square() - 3)
 

@@ -13,7 +13,10 @@ def test_predictions_come_back_bit_for_bit(tmp_path, format):
     scores, targets = rng.random((5, 2)), rng.integers(0, 2, (5, 2))
     ids = ["001", "a,b", 'q"', "é", " x"]
     path = write_predictions(tmp_path / "new" / f"p.{format}", ids, ["A", "B, c"], scores, targets)
-    back = pd.read_csv(path, dtype={"record_id": str}) if format == "csv" else pd.read_parquet(path)
+    if format == "csv":
+        back = pd.read_csv(path, dtype={"record_id": str}, float_precision="round_trip")
+    else:
+        back = pd.read_parquet(path)
     assert list(back.columns) == ["record_id", "score_A", "score_B, c", "target_A", "target_B, c"]
     assert back["record_id"].tolist() == ids
     np.testing.assert_array_equal(back[["score_A", "score_B, c"]], scores)

@@ -42,7 +42,7 @@ def test_is_finite_on_flat_frames(num_samples, dtype, backend):
     level = np.array([0.0, 0.1, -1.0, 1e4, 1e-20], dtype)
     frames = np.repeat(level[:, None], num_samples, 1)
     # Rounding on top of a level is no signal either.
-    rounding = frames * (1 + np.finfo(np.float32).eps * (np.arange(num_samples) % 3 - 1)).astype(dtype)
+    rounding = frames * (1 + np.finfo(dtype).eps * (np.arange(num_samples) % 3 - 1)).astype(dtype)
     with use_backend(backend):
         got = ops.time_freq(np.concatenate([frames, rounding]))
     assert np.isfinite(got).all()
@@ -71,7 +71,9 @@ def test_a_small_signal_on_a_high_level_is_not_flat(backend):
     frames = (1000 + signal).astype(np.float32)
     with use_backend(backend):
         got = ops.time_freq(frames)
+        exact = ops.time_freq(1e9 + signal)
     np.testing.assert_allclose(got[:, 10:12], by_scipy(frames.astype(np.float64))[:, 10:12], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(exact[:, 10:12], by_scipy(signal)[:, 10:12], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
