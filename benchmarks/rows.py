@@ -23,10 +23,11 @@ PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu"
 
 # Row -> what the README calls it, and the peer that it names.
 TABLE = {
-    "test_mfcc[float32-S64]": ("MFCC, 1,000 records", "torchaudio, one batched call"),
-    "test_time_freq[float32-S64]": ("time-frequency features, 1,000 records", "torch, reference"),
+    "test_mfcc[S64-float32]": ("MFCC, 1,000 records", "torchaudio, one batched call"),
+    "test_time_freq[S64-float32]": ("time-frequency features, 1,000 records", "torch, reference"),
     "test_lloyd_iteration[1000000x39x100]": ("k-means iteration, 1M x 39, K = 100", "scikit-learn"),
     "test_lloyd_iteration[1000000x13x100]": ("k-means iteration, 1M x 13, K = 100", "scikit-learn"),
+    "test_lloyd_iteration[20000x768x500]": ("k-means iteration, 20k x 768, K = 500", "scikit-learn"),
     "test_command_against_one_call_per_frame": (
         "`hubert-ecg extract`, 1,000 packed records",
         "one Kaldi call per frame",
@@ -80,12 +81,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if name in named:
             row = named[name]
             ours, theirs = (f"{_milliseconds(row['median_s'][who])}" for who in ("ours", peer))
-            lines.append(f"| {what} | {ours} | {peer} | {theirs} | {row['ratio'][peer]:.2g} x |")
+            lines.append(f"| {what} | {ours} | {peer} | {theirs} | {_ratio(row['ratio'][peer])} |")
     return "\n".join(lines)
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.0f} x" if ratio >= 10 else f"{ratio:.1f} x"
 
 
 def _version(package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -28,6 +29,14 @@ def test_python_prints_what_it_shows():
 def test_commands_parse(line):
     _, command, *argv = shlex.split(line)
     cli.parse(command, argv)
+
+
+def test_speed_table_is_made_from_rows():
+    spec = importlib.util.spec_from_file_location("rows", ROOT / "benchmarks" / "rows.py")
+    rows = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rows)
+    tables = [rows.table(rows.load(path)) for path in rows.RESULTS.glob("*.json")]
+    assert any(table in README and table.count("\n") > 4 for table in tables)
 
 
 def test_make_targets_exist():
