@@ -55,6 +55,7 @@ _CHUNK_RECORDS = 32
 _POOL_FROM_RECORDS = 256
 _SHORTEST_S = 1.0
 # Another process may be creating these while this one looks.
+_SKIPPED_SHOWN = 10
 _OWN_FILES = {SHARDS, BUILDING, INDEX, MANIFEST}
 
 
@@ -89,7 +90,7 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Store:
 
     Args:
         config: The recordings and the settings.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr, then how many records there are and which were skipped, and why.
 
     Raises:
         UserError: The data set is unknown or missing, no record can be read, or output_dir holds something else.
@@ -206,7 +207,10 @@ def build(
         write_text(begun, json.dumps(plan, indent=1))
         (folder / SHARDS).mkdir(exist_ok=True)
         _pack(dataset, folder, settings, plan, num_workers, progress)
-        return Store(folder)
+        store = Store(folder)
+        if progress:
+            _tell(store)
+        return store
 
 
 def _plan(dataset: Dataset, settings: Settings) -> dict[str, Any]:
@@ -391,7 +395,8 @@ def _pack_chunk(dataset: Dataset, settings: Settings, entries: list[Entry]) -> l
                 compat=settings.compat,
             )
         except (ValueError, OSError) as error:
-            results.append(_Skipped(_as_utf8(entry.source), _as_utf8(_without_folder(str(error), dataset))))
+            reason = _without_folder(str(error), dataset).removeprefix(f"{entry.source}: ")
+            results.append(_Skipped(_as_utf8(entry.source), _as_utf8(reason)))
         else:
             results.append(_quantise(signal, record, leads, present, entry, settings))
     return results
@@ -559,6 +564,16 @@ def _finish(
     for position in range(num_shards):
         _part(folder, position).unlink()
     (folder / BUILDING).unlink()
+
+
+def _tell(store: Store) -> None:
+    """Says what was packed, and names what was not."""
+    say = functools.partial(_console().print, highlight=False, markup=False, soft_wrap=True)
+    say(f"{len(store)} records in {store.path}" + (f", {len(store.skipped)} skipped:" if store.skipped else ""))
+    for source, reason in store.skipped[:_SKIPPED_SHOWN]:
+        say(f"  {source}: {reason}")
+    if len(store.skipped) > _SKIPPED_SHOWN:
+        say(f"  and {len(store.skipped) - _SKIPPED_SHOWN} more in {store.path / MANIFEST}")
 
 
 def _console() -> Any:
