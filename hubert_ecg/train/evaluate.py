@@ -17,6 +17,7 @@ from hubert_ecg.config import EvaluateConfig, UserError, to_json
 from hubert_ecg.models import HubertECGForClassification
 from hubert_ecg.train.logs import say
 from hubert_ecg.train.predict import predict
+from hubert_ecg.train.records import open_records
 
 if TYPE_CHECKING:
     from hubert_ecg.data import Record, Store
@@ -102,15 +103,7 @@ def assess(config: EvaluateConfig) -> Assessment:
     shape = model.config
     if config.threshold is not None and shape.problem != "multilabel":
         raise UserError(f"evaluate: threshold is for multilabel models, got {config.threshold:g} for {shape.problem}")
-    store = data.open_store(
-        config.data_path,
-        dataset=config.dataset,
-        sampling_rate=config.sampling_rate,
-        downsampling_factor=round(500 / shape.sampling_rate_hz),
-        compat=shape.compat,
-        cache_dir=config.cache_dir,
-        num_workers=config.num_workers,
-    )
+    store = open_records(config, round(500 / shape.sampling_rate_hz), shape.compat)
     records, targets = labelled_records(store, model, config)
     scores = predict(
         model,

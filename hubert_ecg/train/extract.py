@@ -19,7 +19,7 @@ from hubert_ecg.files import replacing
 from hubert_ecg.models import HubertECGConfig, token_mask
 from hubert_ecg.train import machine
 from hubert_ecg.train.logs import say
-from hubert_ecg.train.records import lead_lengths
+from hubert_ecg.train.records import lead_lengths, open_records
 
 _BATCH = 256
 _FEATURE_SUFFIXES = (".pkl", ".npz")
@@ -96,14 +96,7 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
             f"(500 Hz divided by it): {error}"
         ) from error
     device = machine.device(config.device)
-    store = data.open_store(
-        config.data_path,
-        sampling_rate=config.sampling_rate,
-        downsampling_factor=config.downsampling_factor,
-        compat=config.compat,
-        cache_dir=config.cache_dir,
-        num_workers=config.num_workers,
-    )
+    store = open_records(config, config.downsampling_factor, config.compat)
     rate = store.sampling_rate_hz
     loader = data.Loader(
         store, store.split("all"), _BATCH, crop_s=config.crop_s, crop="first", num_workers=config.num_workers

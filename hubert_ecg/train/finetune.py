@@ -19,7 +19,7 @@ from hubert_ecg.train import machine
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
 from hubert_ecg.train.predict import even_loader, scan
-from hubert_ecg.train.records import data_key, hold_out, label_subset, lead_lengths, positive_weights
+from hubert_ecg.train.records import data_key, hold_out, label_subset, lead_lengths, open_records, positive_weights
 
 # Held out of the training records where the data set has no validation records.
 _VALIDATION_SHARE = 0.1
@@ -48,14 +48,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     name = f"{config.dataset}_{config.task}"
     pretrained = input_settings(config)
 
-    store = data.open_store(
-        config.data_path,
-        dataset=config.dataset,
-        sampling_rate=config.sampling_rate,
-        cache_dir=config.cache_dir,
-        num_workers=config.num_workers,
-        **pretrained,
-    )
+    store = open_records(config, **pretrained)
     records = TaskRecords(store, config)
     for line in records.news:
         say(f"finetune: {line}")

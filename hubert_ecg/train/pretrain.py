@@ -19,7 +19,7 @@ from hubert_ecg.train import checkpoint, machine
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans
-from hubert_ecg.train.records import data_key, lead_lengths, split_for_pretraining
+from hubert_ecg.train.records import data_key, lead_lengths, open_records, split_for_pretraining
 
 NAME = "hubert_ecg"
 
@@ -47,15 +47,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     shape = model_config(config)
     folder = Path(config.output_dir) / NAME
 
-    store = data.open_store(
-        config.data_path,
-        dataset=config.dataset,
-        sampling_rate=config.sampling_rate,
-        downsampling_factor=config.downsampling_factor,
-        compat=config.compat,
-        cache_dir=config.cache_dir,
-        num_workers=config.num_workers,
-    )
+    store = open_records(config, config.downsampling_factor, config.compat)
     train, validation, news = split_for_pretraining(store, config.validation_share, config.seed)
     say(f"pretrain: {news}")
 

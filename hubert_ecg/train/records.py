@@ -1,4 +1,4 @@
-"""Which records train, which validate, and how labels weigh."""
+"""Which records a command works on, which of them train and which validate, and how labels weigh."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hubert_ecg.config import UserError
+from hubert_ecg import data
+from hubert_ecg.config import Compat, DataConfig, LabelledConfig, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hubert_ecg.data import Batch, Store
+
+
+def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, compat: Compat) -> Store:
+    """The records that a command was asked to work on, prepared as its model wants them."""
+    return data.open_store(
+        config.data_path,
+        dataset=getattr(config, "dataset", "auto"),
+        sampling_rate=config.sampling_rate,
+        downsampling_factor=downsampling_factor,
+        compat=compat,
+        cache_dir=config.cache_dir,
+        num_workers=config.num_workers,
+    )
 
 
 def split_for_pretraining(store: Store, validation_share: float, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
