@@ -207,8 +207,9 @@ class HubertECG(Backbone):
         self,
         ecg: Tensor,
         lengths: Tensor | None = None,
-        mask_indices: Tensor | None = None,
         output_hidden_states: bool = False,
+        *,
+        mask_indices: Tensor | None = None,
     ) -> ModelOutput:
         """Encode recordings.
 
@@ -216,8 +217,8 @@ class HubertECG(Backbone):
             ecg: ``[B, L, T]``, or the same with its leads one after another, ``[B, L * T]``; any number of leads.
             lengths: ``[B]`` or ``[B, L]``, valid samples of each lead (0: the lead is not there); default: all.
                 What stands in the other samples does not matter.
-            mask_indices: ``[B, M]`` int64, tokens to replace by the mask embedding.
             output_hidden_states: Also return the embedding and every layer.
+            mask_indices: ``[B, M]`` int64, tokens to replace by the mask embedding.
 
         Returns:
             ``last_hidden_state``, ``hidden_states`` on request, and ``valid`` where there is padding.
@@ -253,11 +254,12 @@ class HubertECGForPretraining(Backbone):
     def forward(
         self,
         ecg: Tensor,
+        lengths: Tensor | None = None,
+        output_hidden_states: bool = False,
+        *,
         labels: Tensor | None = None,
         mask_indices: Tensor | None = None,
-        lengths: Tensor | None = None,
         alpha: float = 1.0,
-        output_hidden_states: bool = False,
         output_logits: bool = False,
     ) -> ModelOutput:
         """Predict the clusters of masked tokens.
@@ -267,12 +269,13 @@ class HubertECGForPretraining(Backbone):
 
         Args:
             ecg: ``[B, L, T]`` or ``[B, L * T]``.
+            lengths: ``[B]`` or ``[B, L]``, valid samples of each lead.
+            output_hidden_states: Also return the embedding and every layer.
             labels: ``[B, N]`` or, for E codebooks, ``[E, B, N]`` int64 clusters; -100 is ignored, as is padding.
             mask_indices: ``[B, M]`` int64, masked tokens, from :func:`draw_mask`.
-            lengths: ``[B]`` or ``[B, L]``, valid samples of each lead.
             alpha: Weight of the masked tokens.
-            output_hidden_states: Also return the embedding and every layer.
-            output_logits: Also return the logits of all tokens, ``[B, N, K]`` for each codebook.
+            output_logits: Return the logits of all tokens, ``[B, N, K]`` for each codebook, beside a loss too. Without
+                labels they are always there.
 
         Raises:
             ValueError: If a shape does not fit, or there are labels and no mask.
@@ -283,7 +286,7 @@ class HubertECGForPretraining(Backbone):
             (project, cast(nn.Embedding, codebook).weight)
             for project, codebook in zip(self.final_proj, self.label_embedding, strict=True)
         ]
-        if output_logits:
+        if output_logits or labels is None:
             output.logits = tuple(codebook_logits(project(x), codebook) for project, codebook in heads)
         if labels is None:
             return output

@@ -85,20 +85,21 @@ class HubertECGForClassification(Pretrained, nn.Module):
     def forward(
         self,
         ecg: Tensor,
-        targets: Tensor | None = None,
         lengths: Tensor | None = None,
-        pos_weight: Tensor | None = None,
         output_hidden_states: bool = False,
+        *,
+        targets: Tensor | None = None,
+        pos_weight: Tensor | None = None,
     ) -> ModelOutput:
         """Score recordings.
 
         Args:
             ecg: ``[B, L, T]`` or ``[B, L * T]``.
+            lengths: ``[B]`` or ``[B, L]``, valid samples of each lead.
+            output_hidden_states: Also return the embedding and every layer.
             targets: ``[B, C]`` 0 or 1 (multilabel), ``[B]`` class indices or ``[B, C]`` one-hot (multiclass), or
                 ``[B, C]`` values (regression). A one-hot row of zeros is left out of the loss.
-            lengths: ``[B]`` or ``[B, L]``, valid samples of each lead.
             pos_weight: ``[C]``, weight of the positives of each label, or of each class.
-            output_hidden_states: Also return the embedding and every layer.
 
         Returns:
             ``logits`` ``[B, C]``, ``loss`` where there are targets, and what the encoder returns.

@@ -30,7 +30,7 @@ def _model(problem: str, head: str = "linear") -> HubertECGForClassification:
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 def test_multilabel_loss_is_weighted_binary_cross_entropy(weight):
     model, targets = _model("multilabel"), torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]])
-    output = model(ECG, targets, pos_weight=weight)
+    output = model(ECG, targets=targets, pos_weight=weight)
     p = output.logits.double().sigmoid()
     positive = torch.ones(3) if weight is None else weight
     expected = -(positive * targets * p.log() + (1 - targets) * (1 - p).log()).mean()
@@ -41,25 +41,25 @@ def test_multilabel_loss_is_weighted_binary_cross_entropy(weight):
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 def test_multiclass_loss_takes_indices_and_one_hot_rows(weight):
     model, classes = _model("multiclass"), torch.tensor([2, 0, 1, 1])
-    output = model(ECG, classes, pos_weight=weight)
+    output = model(ECG, targets=classes, pos_weight=weight)
     expected = F.cross_entropy(output.logits.double(), classes, weight=None if weight is None else weight.double())
     torch.testing.assert_close(output.loss.double(), expected, atol=1e-6, rtol=0)
     one_hot = F.one_hot(classes, 3).float()
-    torch.testing.assert_close(model(ECG, one_hot, pos_weight=weight).loss, output.loss, atol=0, rtol=0)
+    torch.testing.assert_close(model(ECG, targets=one_hot, pos_weight=weight).loss, output.loss, atol=0, rtol=0)
     torch.testing.assert_close(model.scores(output.logits).sum(-1), torch.ones(4))
 
 
 def test_multiclass_rows_without_a_class_leave_the_loss():
     model, targets = _model("multiclass"), torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]])
-    some = model(ECG, targets, pos_weight=WEIGHT).loss
-    kept = model(ECG[[0, 2]], targets[[0, 2]], pos_weight=WEIGHT).loss
+    some = model(ECG, targets=targets, pos_weight=WEIGHT).loss
+    kept = model(ECG[[0, 2]], targets=targets[[0, 2]], pos_weight=WEIGHT).loss
     torch.testing.assert_close(some, kept, atol=1e-6, rtol=0)
-    assert model(ECG, torch.zeros(4, 3), pos_weight=WEIGHT).loss == 0
+    assert model(ECG, targets=torch.zeros(4, 3), pos_weight=WEIGHT).loss == 0
 
 
 def test_regression_loss_is_the_mean_square():
     model, targets = _model("regression"), torch.randn(4, 3)
-    output = model(ECG, targets)
+    output = model(ECG, targets=targets)
     torch.testing.assert_close(output.loss, (output.logits - targets).square().mean(), atol=1e-6, rtol=0)
     torch.testing.assert_close(model.scores(output.logits), output.logits, atol=0, rtol=0)
 
@@ -114,11 +114,11 @@ def test_wrong_arguments_are_named(arguments, message):
 @pytest.mark.parametrize("problem", ["multilabel", "regression"])
 def test_targets_of_another_shape_do_not_broadcast(problem):
     with pytest.raises(ValueError, match=r"targets must be \[4, 3\], got \[4\]"):
-        _model(problem)(ECG, torch.zeros(4))
+        _model(problem)(ECG, targets=torch.zeros(4))
 
 
 def test_gradients_reach_every_parameter_but_the_mask_embedding():
     model = _model("multilabel", "mlp").train()
-    model(ECG, torch.ones(4, 3)).loss.backward()
+    model(ECG, targets=torch.ones(4, 3)).loss.backward()
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"hubert_ecg.masked_spec_embed"}
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None)

@@ -130,7 +130,7 @@ def test_loss_and_gradients_equal_the_broadcast_cosine(vocab_sizes, alpha):
     ecg = torch.randn(3, 12, 500, dtype=torch.float64)
     mask = draw_mask(3, 93, 0.33)
     labels = torch.stack([torch.randint(0, size, (3, 93)) for size in vocab_sizes])
-    output = model(ecg, labels, mask, alpha=alpha)
+    output = model(ecg, labels=labels, mask_indices=mask, alpha=alpha)
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -150,16 +150,18 @@ def test_float32_loss_is_close_to_float64():
     torch.manual_seed(0)
     model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=[1000])).eval()
     ecg, mask, labels = torch.randn(4, 6000), draw_mask(4, 93, 0.33), torch.randint(0, 1000, (4, 93))
-    single = model(ecg, labels, mask).loss
-    double = model.double()(ecg.double(), labels, mask).loss
+    single = model(ecg, labels=labels, mask_indices=mask).loss
+    double = model.double()(ecg.double(), labels=labels, mask_indices=mask).loss
     torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0)
 
 
-def test_logits_come_only_on_request_and_are_cosines():
+def test_logits_are_cosines_and_come_beside_a_loss_only_on_request():
     model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=[5, 7])).eval()
-    ecg = torch.randn(2, 6000)
-    assert model(ecg).logits is None
-    logits = model(ecg, output_logits=True).logits
+    ecg, labels, mask = torch.randn(2, 6000), torch.zeros(2, 2, 93, dtype=torch.int64), draw_mask(2, 93, 0.33)
+    assert model(ecg, labels=labels, mask_indices=mask).logits is None
+    asked = model(ecg, labels=labels, mask_indices=mask, output_logits=True).logits
+    assert [tuple(part.shape) for part in asked] == [(2, 93, 5), (2, 93, 7)]
+    logits = model(ecg).logits
     assert [tuple(part.shape) for part in logits] == [(2, 93, 5), (2, 93, 7)]
     assert max(part.abs().max() for part in logits) <= 10.001
 
@@ -171,7 +173,10 @@ def test_ignored_labels_leave_the_loss():
     some = labels.clone()
     some[0] = -100
     torch.testing.assert_close(
-        model(ecg, some, mask).loss, model(ecg[1:], labels[1:], mask[1:]).loss, atol=1e-5, rtol=0
+        model(ecg, labels=some, mask_indices=mask).loss,
+        model(ecg[1:], labels=labels[1:], mask_indices=mask[1:]).loss,
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -179,9 +184,9 @@ def test_autocast_keeps_the_cosine_in_float32():
     torch.manual_seed(0)
     model = HubertECGForPretraining(CONFIG).eval()
     ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
-    exact = model(ecg, labels, mask).loss
+    exact = model(ecg, labels=labels, mask_indices=mask).loss
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(ecg, labels, mask, output_logits=True)
+        output = model(ecg, labels=labels, mask_indices=mask, output_logits=True)
     assert output.logits[0].dtype == output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, exact, atol=0.05, rtol=0)
 
@@ -194,7 +199,7 @@ def test_codebooks_change_between_iterations():
     assert model.config.to_dict()["ensemble_length"] == 2
     torch.testing.assert_close(model.final_proj[0].weight, projection)
     labels = torch.stack([torch.randint(0, 500, (2, 93)), torch.randint(0, 30, (2, 93))])
-    model(torch.randn(2, 6000), labels, draw_mask(2, 93, 0.33)).loss.backward()
+    model(torch.randn(2, 6000), labels=labels, mask_indices=draw_mask(2, 93, 0.33)).loss.backward()
     assert model.label_embedding[0].weight.grad.shape == (500, 24)
     model.resize_codebooks([9])
     assert len(model.final_proj) == len(model.label_embedding) == 1
@@ -232,7 +237,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         model.encoder.gradient_checkpointing = flag
         model.zero_grad()
         torch.manual_seed(5)
-        model(ecg, labels, mask).loss.backward()
+        model(ecg, labels=labels, mask_indices=mask).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, atol=0, rtol=0, msg=name)
@@ -248,7 +253,7 @@ def test_it_learns_clusters_that_follow_from_the_signal():
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(30):
-        loss = model(ecg, labels, draw_mask(4, 93, 0.15), alpha=0.0).loss
+        loss = model(ecg, labels=labels, mask_indices=draw_mask(4, 93, 0.15), alpha=0.0).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -265,7 +270,10 @@ def test_one_graph_without_breaks():
     mask = draw_mask(2, 93, 0.33)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(
-        compiled(ecg, labels, mask, lengths).loss, model(ecg, labels, mask, lengths).loss, atol=1e-5, rtol=0
+        compiled(ecg, lengths, labels=labels, mask_indices=mask).loss,
+        model(ecg, lengths, labels=labels, mask_indices=mask).loss,
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -280,4 +288,4 @@ def test_one_graph_without_breaks():
 )
 def test_wrong_labels_are_named(labels, mask, message):
     with pytest.raises(ValueError, match=message):
-        HubertECGForPretraining(CONFIG)(torch.zeros(2, 6000), labels, mask)
+        HubertECGForPretraining(CONFIG)(torch.zeros(2, 6000), labels=labels, mask_indices=mask)

@@ -152,8 +152,8 @@ def test_records_without_a_valid_token_are_finite_forward_and_backward():
     labels = torch.randint(0, 100, (3, 93))
     classifier = HubertECGForClassification(CONFIG, ["a", "b"])
     for model, loss in (
-        (pretraining, pretraining(ecg, labels, mask, lengths, alpha=0.5).loss),
-        (classifier, classifier(ecg, torch.ones(3, 2), lengths).loss),
+        (pretraining, pretraining(ecg, lengths, labels=labels, mask_indices=mask, alpha=0.5).loss),
+        (classifier, classifier(ecg, lengths, targets=torch.ones(3, 2)).loss),
     ):
         assert loss.isfinite()
         loss.backward()
@@ -163,7 +163,12 @@ def test_records_without_a_valid_token_are_finite_forward_and_backward():
 def test_only_padding_gives_zero_loss_not_nan():
     model = HubertECGForPretraining(CONFIG)
     lengths = torch.zeros(2, dtype=torch.int64)
-    output = model(torch.randn(2, 6000), torch.zeros(2, 93, dtype=torch.int64), draw_mask(2, 93, 0.33), lengths)
+    output = model(
+        torch.randn(2, 6000),
+        lengths,
+        labels=torch.zeros(2, 93, dtype=torch.int64),
+        mask_indices=draw_mask(2, 93, 0.33),
+    )
     assert output.loss == 0
     assert output.accuracy == 0
 
@@ -184,8 +189,8 @@ def test_padding_takes_no_part_in_pooling_and_loss():
         labels = torch.randint(0, 100, (4, 93))
         other = torch.where(valid, labels, (labels + 1) % 100)
         for alpha in (1.0, 0.3):
-            one = pretraining(ecg, labels, mask, lengths, alpha)
-            two = pretraining(ecg, other, mask, lengths, alpha)
+            one = pretraining(ecg, lengths, labels=labels, mask_indices=mask, alpha=alpha)
+            two = pretraining(ecg, lengths, labels=other, mask_indices=mask, alpha=alpha)
             assert one.loss == two.loss
             assert one.accuracy == two.accuracy
 
