@@ -33,6 +33,8 @@ class KMeans:
 
     Points are clustered in the dtype they come in, float32 or float64, on the device where they are (a tensor on a
     GPU stays there); sums are float64. A cluster that runs empty is moved to the point farthest from its centre.
+    From the same start, the centres are those of scikit-learn's Lloyd, as long as no point is equally near to two of
+    them within the rounding of its dtype: then the first of the two wins here, and rounding decides there.
 
     >>> x = np.array([[0.0, 1.0], [0.1, 1.0], [5.0, 0.0], [9.0, 0.1]])
     >>> KMeans(2, random_state=0).fit(x).cluster_centers_.round(3)

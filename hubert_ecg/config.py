@@ -77,6 +77,8 @@ class DataConfig(_Checked):
     Args:
         data_path: A folder of recordings (WFDB, .npy, ...), a data set's own folder, or a packed store.
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
+        lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
+            Default: the twelve leads in standard order.
         downsampling_factor: The model runs at 500 Hz divided by this: 5 is 100 Hz.
         compat: "published" reproduces the preprocessing of the published weights, faults included.
         cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
@@ -86,6 +88,7 @@ class DataConfig(_Checked):
 
     data_path: Path
     sampling_rate: float = 500.0
+    lead_names: str | None = None
     downsampling_factor: int = 5
     compat: Compat = "corrected"
     cache_dir: Path | None = None
@@ -243,6 +246,8 @@ class LabelledConfig(_Checked):
         task: Task of the data set (all, rhythm, form, ...).
         data_path: Folder of the data set, or a packed store. Default: $HUBERT_ECG_DATA/DATASET, or ./data/DATASET.
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
+        lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
+            Default: the twelve leads in standard order.
         unlabelled: Records that have no label of the task: kept as negatives, or dropped.
         cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
         num_workers: Processes that pack records, and threads that read ahead of the model.
@@ -253,6 +258,7 @@ class LabelledConfig(_Checked):
     task: str
     data_path: Path | None = None
     sampling_rate: float = 500.0
+    lead_names: str | None = None
     unlabelled: Literal["keep", "drop"] = "keep"
     cache_dir: Path | None = None
     num_workers: int = 2
@@ -337,6 +343,8 @@ class DemoConfig(_Checked):
         output_dir: Folder of the report and of the models.
         task: Task to fine-tune for. Default: diag_superclass or all, where the data has them.
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
+        lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
+            Default: the twelve leads in standard order.
         seed: Seed of everything random.
     """
 
@@ -344,6 +352,7 @@ class DemoConfig(_Checked):
     output_dir: Path = Path("./demo_output")
     task: str | None = None
     sampling_rate: float = 500.0
+    lead_names: str | None = None
     seed: int = 0
 
 

@@ -47,6 +47,7 @@ def demo(config: DemoConfig) -> Path:
         "data_path": config.data_path,
         "dataset": "auto" if config.data_path else "synthetic",
         "sampling_rate": config.sampling_rate,
+        "lead_names": config.lead_names,
     }
     store = data.open_store(**source)
     task = choose_task(store, config.task)

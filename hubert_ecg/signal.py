@@ -16,12 +16,13 @@ integer recordings need it, give float32, and run on the device that holds the r
    end sample, the usual choice, moves the base line by a whole R wave when a record ends on one. Here the slow part
    next to an end, a ridge fit of a line and of waves up to 0.3 Hz to 10 s, is continued, and only the rest is mirrored.
 
-   Samples further from the local median than 4 times the typical range of one second are an artefact. They skip the
-   high-pass, which would smear a step or a spike as a false base line over seconds.
+   Samples further from the local median than 4 times the range of a calm beat are an artefact. They skip the
+   high-pass, which would smear a step or a spike as a false base line over seconds. Calm is the lower quartile of
+   windows that hold a beat (a quarter of the record, from 1 s to 2 s): one artefact leaves a quarter of them alone.
 3. The typical peak, the median over windows of 1 s (hop 0.25 s) of max ``|x|``, is scaled to 0.5, and the result is
-   limited to [-1, 1]. Ectopic beats reach about twice the typical peak and stay unclipped. An artefact that touches
-   less than half of the windows (half a second touches 38 % in 5 s) moves the scale by no more than beats differ.
-   Windows without signal (gaps, flat stretches) do not count, and a lead without signal is exactly 0.
+   limited to [-1, 1]. Ectopic beats reach about twice the typical peak and stay unclipped. Windows without signal
+   (gaps, flat stretches) do not count, nor do those beyond 8 times a calm beat: an artefact of 2 s in 10 s, or of
+   half a second in 5 s, moves the scale by no more than beats differ. A lead without signal is exactly 0.
 4. Crop, or zeros at the end.
 
 **published**, what the published weights were trained on, faults included: a window-designed FIR band-pass of
@@ -55,6 +56,8 @@ _TREND_S = 10.0
 _TREND_HZ = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 _TREND_RIDGE = 5e-5
 _ARTEFACT_RANGES = 4.0
+_ARTEFACT_PEAKS = 8.0
+_LEVEL_S = 6.0
 _TYPICAL_PEAK = 0.5
 # A lead whose band-passed signal is below this share of its largest raw sample holds rounding errors, not signal.
 _SILENCE = 1e-6
@@ -243,7 +246,7 @@ def _corrected(x: torch.Tensor, rate_hz: float, out_rate_hz: float, num_out: int
     if not whole:
         at = torch.arange(num_out, device=x.device, dtype=torch.float64) * (rate_hz / out_rate_hz)
         weigh = weigh * seen[..., at.round().long().clamp(max=x.shape[-1] - 1)]
-    scale = _typical(_window_max(weigh, out_rate_hz), _SILENCE * largest) / _TYPICAL_PEAK
+    scale = _typical_peak(weigh, out_rate_hz, _SILENCE * largest) / _TYPICAL_PEAK
     return torch.where(scale > 0, y / scale.clamp(min=torch.finfo(y.dtype).tiny), 0.0).clamp(-1, 1)
 
 
@@ -260,15 +263,29 @@ def _bridge(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return torch.lerp(known.gather(-1, left), known.gather(-1, right), weight)
 
 
-def _window_max(x: torch.Tensor, rate_hz: float) -> torch.Tensor:
-    """Largest value in windows of 1 s, hop 0.25 s: ``[B, 12, n] -> [B, 12, W]``; a shorter record is one window."""
-    size = min(x.shape[-1], max(1, round(rate_hz)))
+def _window_max(x: torch.Tensor, rate_hz: float, window_s: float) -> torch.Tensor:
+    """Largest value in windows, hop 0.25 s: ``[B, 12, n] -> [B, 12, W]``; a shorter record is one window."""
+    size = min(x.shape[-1], max(1, round(window_s * rate_hz)))
     return torch.nn.functional.max_pool1d(x, size, max(1, round(rate_hz / 4)))
 
 
-def _typical(values: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """Median over the last axis of the values above ``floor``, 0 where there are none: ``[B, 12, W] -> [B, 12, 1]``."""
-    return torch.where(values > floor, values, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(nan=0.0)
+def _beat_window_s(num_samples: int, rate_hz: float) -> float:
+    """Long enough for a beat at a slow rate, short enough that one artefact leaves a quarter of the windows alone."""
+    return min(max(num_samples / rate_hz / 4, 1.0), 2.0)
+
+
+def _quantile(values: torch.Tensor, wanted: torch.Tensor, q: float) -> torch.Tensor:
+    """The lower ``q`` quantile over the last axis of the ``wanted`` values, 0 where there are none: ``[..., 1]``."""
+    found = torch.where(wanted, values, torch.nan).nanquantile(q, dim=-1, keepdim=True, interpolation="lower")
+    return found.nan_to_num(nan=0.0)
+
+
+def _typical_peak(magnitude: torch.Tensor, rate_hz: float, floor: torch.Tensor) -> torch.Tensor:
+    """The median peak of the seconds that are neither silent nor an artefact: ``[B, 12, n] -> [B, 12, 1]``."""
+    beats = _window_max(magnitude, rate_hz, _beat_window_s(magnitude.shape[-1], rate_hz))
+    limit = _ARTEFACT_PEAKS * _quantile(beats, beats > floor, 0.25)
+    peaks = _window_max(magnitude, rate_hz, 1.0)
+    return _quantile(peaks, (peaks > floor) & (peaks <= limit), 0.5)
 
 
 def _band_pass(
@@ -311,15 +328,18 @@ def _evaluate(spectrum: torch.Tensor, step: float, num_out: int) -> torch.Tensor
 
 
 def _artefact(x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float) -> torch.Tensor | None:
-    """What stands out of a lead by more than 4 typical ranges of one second, as its height above the local median."""
+    """What stands out of a lead by more than 4 ranges of a calm beat, as its height above the local median."""
     # About 100 Hz is enough to know the range and the level of a second.
     stride = max(1, int(rate_hz / 100))
     coarse, coarse_hz = x[..., ::stride], rate_hz / stride
-    ranges = _window_max(coarse, coarse_hz) + _window_max(-coarse, coarse_hz)
+    window_s = _beat_window_s(coarse.shape[-1], coarse_hz)
+    ranges = _window_max(coarse, coarse_hz, window_s) + _window_max(-coarse, coarse_hz, window_s)
+    known = ranges > _SILENCE * x.abs().amax(-1, keepdim=True)
     if seen is not None:
-        ranges = ranges * (_window_max((~seen[..., ::stride]).to(x.dtype), coarse_hz) == 0)
-    limit = _ARTEFACT_RANGES * _typical(ranges, _SILENCE * x.abs().amax(-1, keepdim=True))
-    width, hop = min(coarse.shape[-1], round(2 * coarse_hz)), max(1, round(coarse_hz / 2))
+        known &= _window_max((~seen[..., ::stride]).to(x.dtype), coarse_hz, window_s) == 0
+    limit = _ARTEFACT_RANGES * _quantile(ranges, known, 0.25)
+    width = max(1, min(coarse.shape[-1] // 2, round(_LEVEL_S * coarse_hz)))
+    hop = max(1, round(coarse_hz / 2))
     medians = coarse.unfold(-1, width, hop).median(-1).values
     nearest = (torch.arange(x.shape[-1], device=x.device) / stride - width / 2) / hop
     above = x - medians[..., nearest.round().long().clamp(0, medians.shape[-1] - 1)]

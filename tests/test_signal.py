@@ -11,6 +11,7 @@ import scipy.signal
 import torch
 
 from hubert_ecg import signal
+from hubert_ecg.data.synthetic import generate_ecg
 from hubert_ecg.signal import LEADS, decimate_flattened, decimate_leads, prepare_ecg_for_inference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +240,26 @@ def test_one_artefact_does_not_set_the_scale(seconds, heart_rate):
         assert np.abs(ours - expected)[:5, elsewhere].max() < 0.05
         assert np.abs(ours).max() <= 1
         np.testing.assert_array_equal(ours[5:], expected[5:])
+
+
+@pytest.mark.parametrize(("seconds", "artefact_s"), [(5, 0.1), (5, 0.5), (10, 1), (10, 2)])
+def test_a_long_artefact_does_not_set_the_scale(seconds, artefact_s):
+    gains = []
+    for rhythm in ("SR", "SBRAD", "STACH", "AFIB"):
+        clean = generate_ecg(5, labels=[rhythm])[0][:, : 500 * seconds]
+        expected = prepare_ecg_for_inference(clean, 500, None)
+        for start in (0.0, 0.31 * seconds, 0.5 * seconds):
+            first, last = int(500 * start), int(500 * (start + artefact_s))
+            record = clean.copy()
+            record[:, first:last] += 10
+            elsewhere = np.ones(100 * seconds, bool)
+            elsewhere[max(0, first // 5 - 100) : last // 5 + 100] = False
+            ours = prepare_ecg_for_inference(record, 500, None)[:, elsewhere]
+            gains.append((ours * expected[:, elsewhere]).sum(1) / np.square(expected[:, elsewhere]).sum(1))
+    gains = np.stack(gains)
+    assert abs(np.median(gains) - 1) < 0.03
+    assert np.quantile(gains, 0.1) > 0.85
+    assert np.quantile(gains, 0.9) < 1.15
 
 
 def test_typical_peak_is_half_and_a_beat_of_twice_the_height_is_not_clipped():

@@ -26,7 +26,7 @@ from hubert_ecg.data.dataset import Dataset, Entry, describe
 from hubert_ecg.data.datasets import open_dataset
 from hubert_ecg.data.folds import FOLD_SEED, assign_folds
 from hubert_ecg.data.readers import ReadError
-from hubert_ecg.data.record import Record
+from hubert_ecg.data.record import Record, lead_list
 from hubert_ecg.data.store import (
     BUILDING,
     FORMAT_VERSION,
@@ -97,7 +97,13 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Store:
     """
     if is_store(config.data_path):
         raise UserError(f"{config.data_path} is a packed store already")
-    dataset = open_dataset(config.dataset, config.data_path, sampling_rate_hz=config.sampling_rate, seed=config.seed)
+    dataset = open_dataset(
+        config.dataset,
+        config.data_path,
+        sampling_rate_hz=config.sampling_rate,
+        lead_names=lead_list(config.lead_names),
+        seed=config.seed,
+    )
     settings = Settings(config.downsampling_factor, config.compat, config.signal_dtype)
     return build(dataset, config.output_dir, settings, num_workers=config.num_workers, progress=progress)
 
@@ -107,6 +113,7 @@ def open_store(
     *,
     dataset: str = "auto",
     sampling_rate: float = BASE_RATE_HZ,
+    lead_names: str | None = None,
     downsampling_factor: int = 5,
     compat: Compat = "corrected",
     cache_dir: str | Path | None = None,
@@ -121,6 +128,7 @@ def open_store(
         data_path: A packed store, or a folder of recordings; by default where the data set is found.
         dataset: Name of the data set, or "auto".
         sampling_rate: Rate in Hz of files that do not carry one.
+        lead_names: Rows of files that do not name their leads, split by commas; None for the twelve in standard order.
         downsampling_factor: Model input has 500 Hz divided by this.
         compat: "corrected" or "published" preprocessing.
         cache_dir: Where stores are kept, see :func:`hubert_ecg.config.cache_root`.
@@ -135,7 +143,7 @@ def open_store(
         return _matching(Store(data_path), dataset, settings)
     if data_path is None and dataset == "auto":
         raise UserError("which recordings? Give their folder with --data_path, or a data set with --dataset")
-    source = open_dataset(dataset, data_path, sampling_rate_hz=sampling_rate)
+    source = open_dataset(dataset, data_path, sampling_rate_hz=sampling_rate, lead_names=lead_list(lead_names))
     folder = cache_root(None if cache_dir is None else Path(cache_dir)) / "stores"
     folder /= f"{source.name}-{_plan(source, settings)['hash'][:16]}"
     return build(source, folder, settings, num_workers=num_workers, progress=progress)
@@ -220,6 +228,7 @@ def _plan(dataset: Dataset, settings: Settings) -> dict[str, Any]:
         "dataset": dataset.name,
         "source": dataset.fingerprint(),
         "source_rate_hz": getattr(dataset, "sampling_rate_hz", None),
+        "source_leads": getattr(dataset, "lead_names", None),
         **dataclasses.asdict(settings),
     }
     return plan | {"hash": stream_hash([json.dumps(plan, sort_keys=True).encode()])}

@@ -14,6 +14,7 @@ from typing import ClassVar
 from hubert_ecg.config import UserError
 from hubert_ecg.data.readers import READERS, read_record
 from hubert_ecg.data.record import Record
+from hubert_ecg.signal import LEADS
 
 # What a fingerprint looks at beside recordings: label tables and signal files that headers point to.
 _TABLES = {".csv", ".dat"}
@@ -54,6 +55,7 @@ class Dataset(abc.ABC):
     Args:
         data_path: The folder, as published.
         sampling_rate_hz: Rate of files that do not carry one.
+        lead_names: Rows of files that do not name their leads.
 
     Raises:
         UserError: The folder is not there, or is not this data set's.
@@ -63,13 +65,16 @@ class Dataset(abc.ABC):
     tasks: tuple[str, ...] = ()
     problem: str = "multilabel"
 
-    def __init__(self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0):
+    def __init__(
+        self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0, lead_names: tuple[str, ...] = LEADS
+    ):
         if data_path is None:
             raise UserError(f"{self.name}: data_path must be given")
         self.data_path = Path(data_path)
         if not self.data_path.is_dir():
             raise UserError(f"no folder {self.data_path}: give the folder of the data set {self.name} with --data_path")
         self.sampling_rate_hz = sampling_rate_hz
+        self.lead_names = lead_names
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
@@ -91,7 +96,7 @@ class Dataset(abc.ABC):
             ReadError: The file cannot be read; the message says why.
         """
         assert entry.path is not None
-        return read_record(entry.path, self.sampling_rate_hz)
+        return read_record(entry.path, self.sampling_rate_hz, self.lead_names)
 
     def label_names(self, task: str) -> tuple[str, ...]:
         """The labels that occur in the data at hand, sorted."""

@@ -1,25 +1,25 @@
-"""HDF5 files of one recording: a dataset ``[12, n]`` or ``[n, 12]`` in mV. Needs the extra ``formats``."""
+"""HDF5 files of one recording: a dataset ``[n_leads, n]`` or ``[n, n_leads]`` in mV. Needs the extra ``formats``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.npy import twelve_leads
+from hubert_ecg.data.npy import rows_are_leads
 from hubert_ecg.data.record import Record
-from hubert_ecg.signal import LEADS
 
 _SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
 _RATE_NAMES = ("sampling_rate", "sample_rate", "fs")
 
 
-def read(path: Path, sampling_rate_hz: float) -> Record:
+def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
     """Read an HDF5 file; a rate among its attributes wins.
 
     Raises:
-        ValueError: No dataset of twelve leads is found, or there are several.
+        ValueError: No dataset of these leads is found, or there are several.
         UserError: h5py is not installed.
     """
     try:
@@ -43,5 +43,5 @@ def read(path: Path, sampling_rate_hz: float) -> Record:
             for name in _RATE_NAMES:
                 if name in attributes:
                     sampling_rate_hz = float(np.ravel(attributes[name])[0])
-        signal = twelve_leads(item[()])
-    return Record(signal, sampling_rate_hz, LEADS, record_id=path.stem, source=path.name)
+        signal = rows_are_leads(item[()], lead_names)
+    return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hubert_ecg.data import hdf5
-from hubert_ecg.data.npy import twelve_leads
+from hubert_ecg.data.npy import rows_are_leads
 from hubert_ecg.data.record import Record
-from hubert_ecg.signal import LEADS
 
 # WFDB's MATLAB files keep ADC units; without their header the gain of all Challenge sources is taken.
 _VAL_PER_MV = 1000.0
 _RATE_NAMES = ("curr_sample_rate", "sampling_rate", "sample_rate", "fs")
 
 
-def read(path: Path, sampling_rate_hz: float) -> Record:
-    """Read a .mat file of twelve leads in standard order; a rate inside the file wins.
+def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
+    """Read a .mat file whose rows are the leads; a rate inside the file wins.
 
     Raises:
-        ValueError: No array of twelve leads is found.
+        ValueError: No array of these leads is found.
     """
     import scipy.io
 
@@ -29,17 +29,17 @@ def read(path: Path, sampling_rate_hz: float) -> Record:
         content = scipy.io.loadmat(path)
     except NotImplementedError:
         # Version 7.3 is HDF5.
-        return hdf5.read(path, sampling_rate_hz)
+        return hdf5.read(path, sampling_rate_hz, lead_names)
     facts: dict[str, Any] = {"record_id": path.stem, "source": path.name}
     for name in _RATE_NAMES:
         if name in content:
             sampling_rate_hz = float(np.ravel(content[name])[0])
             break
     if "val" in content:
-        signal = twelve_leads(content["val"]) / np.float32(_VAL_PER_MV)
+        signal = rows_are_leads(content["val"], lead_names) / np.float32(_VAL_PER_MV)
     elif "ECG" in content and content["ECG"].dtype.names:
         struct = content["ECG"][0, 0]
-        signal = twelve_leads(struct["data"])
+        signal = rows_are_leads(struct["data"], lead_names)
         if "age" in struct.dtype.names and struct["age"].size:
             age = float(struct["age"].flat[0])
             facts["age"] = age if np.isfinite(age) else None
@@ -53,5 +53,5 @@ def read(path: Path, sampling_rate_hz: float) -> Record:
         }
         if len(arrays) != 1:
             raise ValueError(f"mat.read: file must hold val, ECG.data or one 2-D array, got {sorted(arrays)}")
-        signal = twelve_leads(next(iter(arrays.values())))
-    return Record(signal, sampling_rate_hz, LEADS, **facts)
+        signal = rows_are_leads(next(iter(arrays.values())), lead_names)
+    return Record(signal, sampling_rate_hz, tuple(lead_names), **facts)

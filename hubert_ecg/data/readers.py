@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data import hdf5, mat, npy, text, wfdb_files
 from hubert_ecg.data.record import Record
+from hubert_ecg.signal import LEADS
 
-Reader = Callable[[Path, float], Record]
+Reader = Callable[[Path, float, Sequence[str]], Record]
 
 READERS: dict[str, Reader] = {
     ".hea": wfdb_files.read,
@@ -25,12 +26,13 @@ class ReadError(UserError):
     """A recording that cannot be read; the message names the file and the reason."""
 
 
-def read_record(path: str | Path, sampling_rate_hz: float = 500.0) -> Record:
+def read_record(path: str | Path, sampling_rate_hz: float = 500.0, lead_names: Sequence[str] = LEADS) -> Record:
     """Read one recording; the reader follows from the suffix.
 
     Args:
         path: The file. A WFDB record may be named by its header, its signal file, or without a suffix.
         sampling_rate_hz: Rate of a file that does not carry one.
+        lead_names: Rows of a file that does not name its leads.
 
     Raises:
         ReadError: The file is missing, damaged, or of no known format.
@@ -47,7 +49,7 @@ def read_record(path: str | Path, sampling_rate_hz: float = 500.0) -> Record:
     if reader is None:
         raise ReadError(f"{path}: no reader for {path.suffix or 'files without suffix'}; known: {', '.join(READERS)}")
     try:
-        return reader(path, sampling_rate_hz)
+        return reader(path, sampling_rate_hz, lead_names)
     except MemoryError as error:
         raise ReadError(f"{path}: asks for more memory than there is; damaged?") from error
     # A damaged file makes the libraries below raise almost anything, and one record must not end a run over thousands.

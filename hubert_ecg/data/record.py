@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hubert_ecg.config import UserError
 from hubert_ecg.signal import LEADS
 
 # Each limb lead in terms of leads I and II (Einthoven: III = II - I; Goldberger: aVR, aVL, aVF).
@@ -37,6 +38,27 @@ def lead_name(name: str) -> str | None:
     ('aVR', 'II', 'V3', None)
     """
     return _ALIASES.get(_PREFIX.sub("", name.strip(), count=1).upper())
+
+
+def lead_list(names: str | None) -> tuple[str, ...]:
+    """The leads that a user names, in the order of a file's rows; ``-`` is a row to leave out, None the twelve leads.
+
+    >>> lead_list("i, v2, -, C5")
+    ('I', 'V2', '-', 'V5')
+
+    Raises:
+        UserError: A name is none of the twelve leads, occurs twice, or none is left.
+    """
+    if names is None:
+        return LEADS
+    found = tuple("-" if name.strip() == "-" else lead_name(name) for name in names.split(","))
+    known = [name for name in found if name != "-"]
+    if None in known or not known or len(set(known)) < len(known):
+        raise UserError(
+            f"--lead_names must be different leads of {', '.join(LEADS)}, split by commas (- for a row to leave out), "
+            f"got {names!r}"
+        )
+    return tuple(name for name in found if name is not None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ def header(path: Path) -> tuple[str, ...]:
     return names if names and all(lead_name(name) for name in names) else ()
 
 
-def read(path: Path, sampling_rate_hz: float) -> Record:
-    """Read a text recording.
+def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
+    """Read a text recording; its own lead names hold.
 
     Raises:
         ValueError: The first line does not name leads, or a line is not of as many numbers.

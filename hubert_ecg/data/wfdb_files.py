@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,8 @@ def read_header(path: Path) -> Header:
     return Header(tuple(lines), comments)
 
 
-def read(path: Path, sampling_rate_hz: float) -> Record:
-    """Read a WFDB record by its header; its own rate, gains, baselines and units hold.
+def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
+    """Read a WFDB record by its header; its own rate, lead names, gains, baselines and units hold.
 
     Channels that are neither a standard lead nor a voltage are left out.
 

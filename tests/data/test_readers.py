@@ -10,7 +10,9 @@ import pytest
 import scipy.io
 import wfdb
 
+from hubert_ecg.config import UserError
 from hubert_ecg.data import ReadError, read_record
+from hubert_ecg.data.record import lead_list
 from hubert_ecg.data.wfdb_files import read_header
 from hubert_ecg.signal import LEADS, prepare_ecg_for_inference
 
@@ -40,6 +42,34 @@ def test_npy(tmp_path):
     np.testing.assert_array_equal(record.signal, SIGNAL.astype(np.float32))
     np.testing.assert_array_equal(read_record(tmp_path / "t.npy").signal, record.signal)
     assert (record.sampling_rate_hz, record.lead_names, record.record_id) == (250, LEADS, "a")
+
+
+@pytest.mark.parametrize(
+    ("names", "present"),
+    [
+        ("V2", "V2"),
+        ("i, c5", "I II III aVR aVL aVF V5"),
+        ("II,I,-,V1", "I II III aVR aVL aVF V1"),
+        (None, " ".join(LEADS)),
+    ],
+)
+def test_rows_that_the_caller_names(tmp_path, names, present):
+    leads = lead_list(names)
+    signal = np.stack([SIGNAL[LEADS.index(name)] if name in LEADS else SIGNAL[3] for name in leads])
+    for kind, array in (("rows", signal), ("columns", signal.T), ("vector", signal[0])):
+        if kind == "vector" and len(leads) > 1:
+            continue
+        np.save(tmp_path / f"{kind}.npy", array)
+        found, measured = read_record(tmp_path / f"{kind}.npy", 500, leads).standard_leads()
+        assert " ".join(name for name, there in zip(LEADS, measured, strict=True) if there) == present
+        for name in set(leads) - {"-"}:
+            np.testing.assert_array_equal(found[LEADS.index(name)], SIGNAL[LEADS.index(name)].astype(np.float32))
+
+
+@pytest.mark.parametrize("names", ["", "I,I", "I,II,V9", "-", "I;II"])
+def test_rows_that_are_no_leads(names):
+    with pytest.raises(UserError, match="--lead_names must be different leads of I, II, "):
+        lead_list(names)
 
 
 def test_npy_of_twelve_samples_has_leads_first(tmp_path):

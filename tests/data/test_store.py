@@ -49,6 +49,21 @@ def test_records_are_those_of_the_preprocessing(tmp_path, beats, dtype, compat):
         assert record.lead_names == LEADS
 
 
+def test_a_folder_of_fewer_leads(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        np.save(tmp_path / "data" / f"{name}.npy", random.standard_normal((3, 2000)))
+    np.save(tmp_path / "data" / "c.npy", random.standard_normal((12, 2000)))
+    with pytest.raises(UserError, match="--lead_names must be"):
+        open_store(tmp_path / "data", lead_names="I,V9", cache_dir=tmp_path / "cache")
+    store = open_store(tmp_path / "data", lead_names="I,II,V2", sampling_rate=400, cache_dir=tmp_path / "cache")
+    assert store.index["leads"].tolist() == [["I", "II", "V2"]] * 2
+    assert [source for source, _ in store.skipped] == ["c.npy"]
+    assert store.skipped[0][1].endswith("where it holds other leads, name them: --lead_names I,II,V2")
+    assert len(open_store(tmp_path / "data", sampling_rate=400, cache_dir=tmp_path / "cache")) == 1
+
+
 def test_index_and_labels(store):
     index = store.index
     assert index["record_id"].tolist() == [f"r{k}" for k in range(6)]

@@ -13,6 +13,7 @@ from hubert_ecg.data.datasets.folder import Folder
 from hubert_ecg.data.datasets.hefei import Hefei
 from hubert_ecg.data.datasets.ptbxl import PtbXl
 from hubert_ecg.data.synthetic import Cohort
+from hubert_ecg.signal import LEADS
 
 __all__ = ["DATASETS", "Dataset", "Entry", "default_data_path", "open_dataset"]
 
@@ -33,7 +34,12 @@ DATASETS: dict[str, type[Dataset]] = {
 
 
 def open_dataset(
-    name: str, data_path: str | Path | None = None, *, sampling_rate_hz: float = 500.0, seed: int = 0
+    name: str,
+    data_path: str | Path | None = None,
+    *,
+    sampling_rate_hz: float = 500.0,
+    lead_names: tuple[str, ...] = LEADS,
+    seed: int = 0,
 ) -> Dataset:
     """A data set by name; "auto" looks at the folder.
 
@@ -41,6 +47,7 @@ def open_dataset(
         name: A name in :data:`DATASETS`, or "auto".
         data_path: The folder; by default where :func:`default_data_path` finds it.
         sampling_rate_hz: Rate of files that do not carry one.
+        lead_names: Rows of files that do not name their leads.
         seed: Seed of a data set that generates its recordings.
 
     Raises:
@@ -57,7 +64,7 @@ def open_dataset(
         raise UserError(f"no folder {folder}: give the folder of the recordings with --data_path")
     if name == "auto":
         name = next((known for known, dataset in DATASETS.items() if dataset.recognises(folder)), "folder")
-    return DATASETS[name](folder, sampling_rate_hz=sampling_rate_hz)
+    return DATASETS[name](folder, sampling_rate_hz=sampling_rate_hz, lead_names=lead_names)
 
 
 def default_data_path(dataset: str) -> Path:

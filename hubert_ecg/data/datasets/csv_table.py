@@ -34,8 +34,8 @@ class CsvTable(Dataset):
 
     name = "csv"
 
-    def __init__(self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0):
-        super().__init__(data_path, sampling_rate_hz=sampling_rate_hz)
+    def __init__(self, data_path: Path | None = None, **unstated: Any):
+        super().__init__(data_path, **unstated)
         tables = [self.data_path / _TABLE]
         if not tables[0].is_file():
             tables = sorted(self.data_path.glob("*.csv"))

@@ -35,8 +35,8 @@ class PtbXl(Dataset):
     name = "ptbxl"
     tasks = ("all", "diag", "diag_subclass", "diag_superclass", "form", "rhythm")
 
-    def __init__(self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0):
-        super().__init__(data_path, sampling_rate_hz=sampling_rate_hz)
+    def __init__(self, data_path: Path | None = None, **unstated: Any):
+        super().__init__(data_path, **unstated)
         table = locate(self.data_path, _DATABASE) or locate(self.data_path, _TABLE)
         if table is None:
             raise UserError(f"ptbxl: neither {_DATABASE} nor {_TABLE} in {self.data_path}")
