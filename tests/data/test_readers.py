@@ -48,7 +48,7 @@ def test_npy(tmp_path):
     ("names", "present"),
     [
         ("V2", "V2"),
-        ("i, c5", "I II III aVR aVL aVF V5"),
+        ("i, c5", "I V5"),
         ("II,I,-,V1", "I II III aVR aVL aVF V1"),
         (None, " ".join(LEADS)),
     ],
