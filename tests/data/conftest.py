@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hubert_ecg.data.build import Settings, build
+from hubert_ecg.data.build import build
 from hubert_ecg.data.dataset import Dataset, Entry
+from hubert_ecg.data.packing import Settings
 from hubert_ecg.data.readers import ReadError
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS

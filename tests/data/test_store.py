@@ -15,7 +15,7 @@ import pytest
 
 from hubert_ecg.config import PrepareConfig, UserError
 from hubert_ecg.data import Store, build, open_dataset, open_store, prepare
-from hubert_ecg.data.build import Settings
+from hubert_ecg.data.packing import Settings
 from hubert_ecg.signal import LEADS, prepare_ecg_for_inference
 
 
@@ -373,7 +373,7 @@ def test_a_worker_that_imports_an_unguarded_script_does_not_hang(tmp_path, beats
 _KILLED_PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from hubert_ecg.data.build import _start_worker
+from hubert_ecg.data.packing import _start_worker
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")

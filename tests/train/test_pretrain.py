@@ -253,7 +253,8 @@ def test_a_given_kmeans_model_sets_the_number_of_clusters(cohort, tmp_path):
 
 @pytest.mark.parametrize("feature_type", ["time_freq", "mixed"])
 def test_published_features_and_other_types_train_too(cohort, tmp_path, feature_type):
-    from hubert_ecg.data.build import Settings, build
+    from hubert_ecg.data.build import build
+    from hubert_ecg.data.packing import Settings
     from hubert_ecg.data.synthetic import Cohort
 
     published = build(Cohort(num_records=12, seed=1), tmp_path / "store", Settings(5, "published"))

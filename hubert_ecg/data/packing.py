@@ -1,0 +1,203 @@
+"""From one recording to the samples and the row that a store keeps of it, in this process or in others."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import multiprocessing
+import os
+import signal as os_signal
+import threading
+from collections.abc import Generator, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+
+from hubert_ecg.config import Compat, UserError
+from hubert_ecg.data.dataset import Dataset, Entry, describe
+from hubert_ecg.data.readers import ReadError
+from hubert_ecg.data.record import Record
+from hubert_ecg.data.store import label_column, value_column
+from hubert_ecg.signal import prepare_ecg_for_inference
+
+BASE_RATE_HZ = 500.0
+_SHORTEST_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the samples of a store."""
+
+    downsampling_factor: int = 5
+    compat: Compat = "corrected"
+    signal_dtype: str = "int16"
+
+    def __post_init__(self) -> None:
+        if self.downsampling_factor < 1:
+            raise UserError(f"downsampling_factor must be at least 1, got {self.downsampling_factor}")
+        if self.signal_dtype not in ("int16", "float16"):
+            raise UserError(f"signal_dtype must be int16 or float16, got {self.signal_dtype}")
+
+    @property
+    def sampling_rate_hz(self) -> float:
+        return BASE_RATE_HZ / self.downsampling_factor
+
+    @property
+    def stored_rate_hz(self) -> float:
+        # The published decimation runs over the flattened crop, so it has to wait for the crop.
+        return BASE_RATE_HZ if self.compat == "published" else self.sampling_rate_hz
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    samples: np.ndarray
+    row: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    source: str
+    reason: str
+
+
+Result = Packed | Skipped
+
+
+def packed_chunks(
+    dataset: Dataset, settings: Settings, chunks: Iterable[tuple[int, list[Entry]]], num_workers: int
+) -> Generator[tuple[int, list[Result]], None, None]:
+    """Chunks after reading and preprocessing, in order."""
+    if num_workers == 0:
+        for position, chunk in chunks:
+            yield position, _pack_chunk(dataset, settings, chunk)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(dataset, settings),
+    )
+    pending: collections.deque[tuple[int, Any]] = collections.deque()
+    try:
+        for position, chunk in chunks:
+            pending.append((position, pool.submit(_work, chunk)))
+            if len(pending) > 4 * num_workers:
+                position, future = pending.popleft()
+                yield position, future.result()
+        while pending:
+            position, future = pending.popleft()
+            yield position, future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that packs recordings died (out of memory?): run again to go on, or with num_workers 0; "
+            "a script must keep its work under: if __name__ == '__main__'"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: tuple[Dataset, Settings] | None = None
+
+
+def _start_worker(dataset: Dataset, settings: Settings) -> None:
+    import torch
+
+    global _worker
+    # Ctrl-C reaches the whole group of processes; the parent ends the others in order.
+    os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
+    # A parent that is killed cannot end anyone: without this its workers would wait for work for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker = dataset, settings
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(chunk: list[Entry]) -> list[Result]:
+    assert _worker is not None
+    return _pack_chunk(*_worker, chunk)
+
+
+def _pack_chunk(dataset: Dataset, settings: Settings, entries: list[Entry]) -> list[Result]:
+    """Read and preprocess; what a reader or the preprocessing refuses is skipped with its reason."""
+    results: list[Result] = []
+    for entry in entries:
+        try:
+            record = describe(dataset.read(entry), entry)
+            leads, present = record.standard_leads()
+            if record.duration_s < _SHORTEST_S:
+                raise ReadError(f"only {record.duration_s:g} s long; at least {_SHORTEST_S:g} s are needed")
+            signal = prepare_ecg_for_inference(
+                leads,
+                sampling_rate=record.sampling_rate_hz,
+                target_length=None,
+                downsampling_factor=1 if settings.compat == "published" else settings.downsampling_factor,
+                compat=settings.compat,
+            )
+        except (ValueError, OSError) as error:
+            reason = _without_folder(str(error), dataset).removeprefix(f"{entry.source}: ")
+            results.append(Skipped(_as_utf8(entry.source), _as_utf8(reason)))
+        else:
+            results.append(_quantise(signal, record, leads, present, entry, settings))
+    return results
+
+
+def _quantise(
+    signal: np.ndarray, record: Record, leads: np.ndarray, present: np.ndarray, entry: Entry, settings: Settings
+) -> Result:
+    signal = np.where(present[:, None], signal, np.float32(0))
+    if not np.isfinite(signal).all():
+        return Skipped(_as_utf8(entry.source), "preprocessing gives values that are not finite: damaged samples?")
+    peak = np.abs(signal).max(axis=1)
+    if settings.signal_dtype == "int16":
+        scale = np.where(peak > 0, peak, 1).astype(np.float32) / np.float32(np.iinfo(np.int16).max)
+        samples = np.rint(signal / scale[:, None]).astype(np.int16)
+    else:
+        # Half precision ends at 65504.
+        scale = np.maximum(peak / np.float32(2**15), 1).astype(np.float32)
+        samples = (signal / scale[:, None]).astype(np.float16)
+    missing = ~np.isfinite(leads)
+    flat = present & (np.nanmax(np.where(missing, -np.inf, leads), 1) == np.nanmin(np.where(missing, np.inf, leads), 1))
+    return Packed(
+        samples,
+        {
+            "record_id": _as_utf8(record.record_id),
+            "source": _as_utf8(record.source),
+            "source_rate_hz": record.sampling_rate_hz,
+            "leads": list(record.lead_names),
+            "num_samples": samples.shape[1],
+            "duration_s": record.duration_s,
+            "patient_id": record.patient_id,
+            "fold": record.fold,
+            "age": record.age,
+            "sex": record.sex,
+            "num_flat_leads": int(flat.sum()),
+            "num_missing_samples": int(missing.sum()),
+            **{label_column(task): list(labels) for task, labels in entry.labels.items()},
+            **{value_column(task): value for task, value in entry.values.items()},
+            "scale": scale.tolist(),
+            "present": present.tolist(),
+        },
+    )
+
+
+def _without_folder(message: str, dataset: Dataset) -> str:
+    """A reason that stays true when the store moves to a machine with other folders."""
+    folder = getattr(dataset, "data_path", None)
+    return message.replace(f"{folder}{os.sep}", "") if folder else message
+
+
+def _as_utf8(name: str) -> str:
+    r"""A file name that is no UTF-8 with its odd bytes spelled out: the index and the manifest hold text.
+
+    >>> _as_utf8("caf\udce9.npy")
+    'caf\\xe9.npy'
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
