@@ -19,7 +19,15 @@ from hubert_ecg.train import machine
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
 from hubert_ecg.train.predict import even_loader, scan
-from hubert_ecg.train.records import data_key, hold_out, label_subset, lead_lengths, open_records, positive_weights
+from hubert_ecg.train.records import (
+    data_key,
+    hold_out,
+    label_subset,
+    lead_lengths,
+    open_records,
+    positive_weights,
+    random_crops,
+)
 
 # Held out of the training records where the data set has no validation records.
 _VALIDATION_SHARE = 0.1
@@ -56,16 +64,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
-    loader = data.Loader(
-        store,
-        records.train,
-        config.batch_size,
-        crop_s=config.crop_s,
-        crop="random",
-        shuffle=True,
-        seed=config.seed,
-        num_workers=config.num_workers,
-    )
+    loader = random_crops(store, records.train, config, shuffle=True)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,

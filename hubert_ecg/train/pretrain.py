@@ -19,7 +19,7 @@ from hubert_ecg.train import checkpoint, machine
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans
-from hubert_ecg.train.records import data_key, lead_lengths, open_records, split_for_pretraining
+from hubert_ecg.train.records import data_key, lead_lengths, open_records, random_crops, split_for_pretraining
 
 NAME = "hubert_ecg"
 
@@ -73,16 +73,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, shape, kmeans, store, validation, device)
-    loader = data.Loader(
-        store,
-        train,
-        config.batch_size,
-        crop_s=config.crop_s,
-        crop="random",
-        shuffle=True,
-        seed=config.seed,
-        num_workers=config.num_workers,
-    )
+    loader = random_crops(store, train, config, shuffle=True)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,
@@ -169,16 +160,7 @@ class MaskedPrediction(Objective):
         self.folder = Path(config.output_dir) / NAME
         self.file = Path(config.output_dir) / f"{NAME}.pt"
         # Random crops, but always those of epoch 0: every validation sees the same samples under the same mask.
-        self.validation = data.Loader(
-            store,
-            validation,
-            config.batch_size,
-            crop_s=config.crop_s,
-            crop="random",
-            shuffle=False,
-            seed=config.seed,
-            num_workers=config.num_workers,
-        )
+        self.validation = random_crops(store, validation, config, shuffle=False)
 
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         ecg, labels, lengths, mask = self._inputs(batch, (0, step, micro), self.device)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hubert_ecg import data
-from hubert_ecg.config import Compat, DataConfig, LabelledConfig, UserError
+from hubert_ecg.config import Compat, DataConfig, FinetuneConfig, LabelledConfig, PretrainConfig, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hubert_ecg.data import Batch, Store
+    from hubert_ecg.data import Batch, Loader, Store
 
 
 def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, compat: Compat) -> Store:
@@ -26,6 +26,22 @@ def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, 
         downsampling_factor=downsampling_factor,
         compat=compat,
         cache_dir=config.cache_dir,
+        num_workers=config.num_workers,
+    )
+
+
+def random_crops(
+    store: Store, indices: np.ndarray, config: PretrainConfig | FinetuneConfig, *, shuffle: bool
+) -> Loader:
+    """Batches of random crops of these records; which ones follows from the seed and the epoch."""
+    return data.Loader(
+        store,
+        indices,
+        config.batch_size,
+        crop_s=config.crop_s,
+        crop="random",
+        shuffle=shuffle,
+        seed=config.seed,
         num_workers=config.num_workers,
     )
 
