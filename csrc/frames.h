@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -32,21 +35,29 @@ void split_frames(int64_t num_frames, int64_t scratch_bytes, const Work& work) {
   }
 }
 
-// The Fourier transform of n = odd * 2^stages real samples: transforms of the odd length, as sums, then joined pair by
-// pair (decimation in time, radix 2). real_fft_simd.h runs it.
+// The Fourier transform of n = leaf * 2^stages real samples: transforms of `leaf` samples, then joined four by four
+// (decimation in time, radix 4; once two by two where the number of stages is odd). The leaf is 16 or less where n is a
+// power of two, else the odd factor of n, as sums. frames_simd.h runs it.
 struct RealFft {
-  explicit RealFft(int64_t length) : n(length), odd(length) {
+  explicit RealFft(int64_t length) : n(length), leaf(length) {
     int stages = 0;
-    for (; odd > 1 && odd % 2 == 0; odd /= 2) ++stages;
-    for (int64_t block = 0; block < n / odd; ++block) {
+    for (; leaf % 2 == 0; leaf /= 2) ++stages;
+    if (leaf == 1) {
+      const int kept = stages <= 4 ? stages : stages % 2 ? 3 : 4;
+      leaf <<= kept;
+      stages -= kept;
+    }
+    halves = stages % 2;
+    for (int64_t block = 0; block < n / leaf; ++block) {
       int64_t reversed = 0;
       for (int bit = 0; bit < stages; ++bit) reversed |= (block >> bit & 1) << (stages - 1 - bit);
       first.push_back(reversed);
     }
   }
 
-  int64_t n, odd;
-  std::vector<int64_t> first;  // the first sample of each transform of odd length; the others follow every n / odd
+  int64_t n, leaf;
+  bool halves;
+  std::vector<int64_t> first;  // the first sample of each leaf; the others follow every n / leaf
 };
 
 }  // namespace hubert_ecg

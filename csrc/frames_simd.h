@@ -29,11 +29,12 @@ struct Bits<double> {
 
 // Natural logarithm of positive normal numbers; infinity and NaN stay what they are.
 // x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh s = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), s = (m - 1) /
-// (m + 1).
-template <class T>
+// (m + 1), to the precision of Out.
+template <class T, class Out = T>
 HUBERT_ECG_INLINE V<T> logarithm(V<T> x) {
   using B = Bits<T>;
   using U = typename B::U;
+  constexpr int kTerms = Bits<Out>::log_terms;
   const U bits = (U)x;
   const U exponent = (bits - B::sqrt_half + B::one) >> B::mantissa;
   const V<T> m = (V<T>)(bits - (exponent << B::mantissa) + B::one);
@@ -41,61 +42,130 @@ HUBERT_ECG_INLINE V<T> logarithm(V<T> x) {
   constexpr T bias = static_cast<T>(int64_t{1} << B::mantissa) + static_cast<T>(B::one >> B::mantissa);
   const V<T> e = (V<T>)(exponent | B::integer) - bias;
   const V<T> s = (m - T(1)) / (m + T(1)), z = s * s;
-  V<T> series = V<T>{} + T(1) / (2 * B::log_terms + 1);
+  V<T> series = V<T>{} + T(1) / (2 * kTerms + 1);
 #pragma GCC unroll 16
-  for (int k = B::log_terms - 1; k >= 0; --k) series = series * z + T(1) / (2 * k + 1);
+  for (int k = kTerms - 1; k >= 0; --k) series = series * z + T(1) / (2 * k + 1);
   const V<T> log = e * T(0.69314718055994530942) + (s + s) * series;
   return x <= std::numeric_limits<T>::max() ? log : x;
+}
+
+// The samples of one frame, or the columns of one row, that fill 16 bytes: a square of them is transposed at a time.
+template <class T>
+constexpr int kPiece = 16 / sizeof(T);
+
+#if __has_builtin(__builtin_shufflevector)
+// Element j of every 16 bytes is element P[j] of those of a followed by those of b.
+template <int... P, class X, int... J>
+HUBERT_ECG_INLINE X shuffle(X a, X b, std::integer_sequence<int, J...>) {
+  constexpr int kPattern[] = {P...}, kSize = sizeof...(P), kWidth = sizeof...(J);
+  return __builtin_shufflevector(
+      a, b, (J / kSize * kSize + kPattern[J % kSize] % kSize + (kPattern[J % kSize] < kSize ? 0 : kWidth))...);
+}
+
+template <class X, int... J>
+HUBERT_ECG_INLINE auto join(X a, X b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, J...);
+}
+
+// In every 16 bytes of kPiece vectors, rows and columns change places.
+template <class T>
+HUBERT_ECG_INLINE void transpose(V<T>* v) {
+  constexpr auto kLanes = std::make_integer_sequence<int, Simd<T>::width>{};
+  if constexpr (sizeof(T) == 8) {
+    const V<T> a = v[0], b = v[1];
+    v[0] = shuffle<0, 2>(a, b, kLanes);
+    v[1] = shuffle<1, 3>(a, b, kLanes);
+  } else {
+    const V<T> ab = shuffle<0, 4, 1, 5>(v[0], v[1], kLanes), cd = shuffle<0, 4, 1, 5>(v[2], v[3], kLanes);
+    const V<T> ef = shuffle<2, 6, 3, 7>(v[0], v[1], kLanes), gh = shuffle<2, 6, 3, 7>(v[2], v[3], kLanes);
+    v[0] = shuffle<0, 1, 4, 5>(ab, cd, kLanes);
+    v[1] = shuffle<2, 3, 6, 7>(ab, cd, kLanes);
+    v[2] = shuffle<0, 1, 4, 5>(ef, gh, kLanes);
+    v[3] = shuffle<2, 3, 6, 7>(ef, gh, kLanes);
+  }
+}
+
+// Pieces of `kLanes / kPiece` rows, which lie kPiece rows apart, side by side.
+template <class T, int kLanes, class Source>
+HUBERT_ECG_INLINE auto gather(const Source* const* row, int64_t i) {
+  constexpr int kSize = kPiece<T>;
+  if constexpr (kLanes == kSize) {
+    typedef T Piece __attribute__((vector_size(16)));
+    typedef Source Given __attribute__((vector_size(kSize * sizeof(Source)), aligned(alignof(Source)), may_alias));
+    return __builtin_convertvector(*(const Given*)(row[0] + i), Piece);
+  } else {
+    return join(gather<T, kLanes / 2>(row, i), gather<T, kLanes / 2>(row + kLanes / 2, i),
+                std::make_integer_sequence<int, kLanes>{});
+  }
+}
+#endif
+
+// tile[i][lane] = row[lane][i] for i < S.
+template <class T, class Source>
+HUBERT_ECG_INLINE void load_rows(const Source* const* row, int64_t S, V<T>* tile) {
+  constexpr int W = Simd<T>::width;
+#if __has_builtin(__builtin_shufflevector)
+  constexpr int kSize = kPiece<T>;
+  if (S >= kSize) {
+    // The last square may overlap the one before.
+    for (int64_t i = 0; i < S; i += kSize) {
+      const int64_t at = std::min(i, S - kSize);
+      V<T> v[kSize];
+#pragma GCC unroll 4
+      for (int r = 0; r < kSize; ++r) v[r] = gather<T, W>(row + r, at);
+      transpose<T>(v);
+#pragma GCC unroll 4
+      for (int r = 0; r < kSize; ++r) tile[at + r] = v[r];
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < S; ++i)
+    for (int lane = 0; lane < W; ++lane) tile[i][lane] = static_cast<T>(row[lane][i]);
 }
 
 // tile[i][lane] = rows[lane][i] for i < S. Lanes from `count` on repeat the last row.
 template <class T>
 HUBERT_ECG_INLINE void load_tile(const T* rows, int64_t S, int64_t count, V<T>* tile) {
-  constexpr int W = Simd<T>::width;
-  const T* row[W];
-  for (int lane = 0; lane < W; ++lane) row[lane] = rows + std::min<int64_t>(lane, count - 1) * S;
-  T* const to = reinterpret_cast<T*>(tile);
-  int64_t i = 0;
-#if __has_builtin(__builtin_shufflevector)
-  if constexpr (sizeof(T) == 4) {
-    typedef float Q __attribute__((vector_size(16)));
-    typedef float QU __attribute__((vector_size(16), aligned(4), may_alias));
-    for (; i + 4 <= S; i += 4) {
-#pragma GCC unroll 4
-      for (int lane = 0; lane < W; lane += 4) {
-        const Q a = *(const QU*)(row[lane] + i), b = *(const QU*)(row[lane + 1] + i);
-        const Q c = *(const QU*)(row[lane + 2] + i), d = *(const QU*)(row[lane + 3] + i);
-        const Q ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-        const Q ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        *(QU*)(to + (i + 0) * W + lane) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-        *(QU*)(to + (i + 1) * W + lane) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-        *(QU*)(to + (i + 2) * W + lane) = __builtin_shufflevector(ef, gh, 0, 1, 4, 5);
-        *(QU*)(to + (i + 3) * W + lane) = __builtin_shufflevector(ef, gh, 2, 3, 6, 7);
-      }
-    }
-  }
-#endif
-  for (; i < S; ++i)
-    for (int lane = 0; lane < W; ++lane) to[i * W + lane] = row[lane][i];
+  const T* row[Simd<T>::width];
+  for (int lane = 0; lane < Simd<T>::width; ++lane) row[lane] = rows + std::min<int64_t>(lane, count - 1) * S;
+  // The rows of the next tile, in the order of memory.
+  for (int64_t i = 0; i < count * S; i += 64 / sizeof(T)) __builtin_prefetch(rows + count * S + i);
+  load_rows<T>(row, S, tile);
 }
 
 // rows[lane][d] = columns[d][lane] for lane < count.
 template <class T>
 HUBERT_ECG_INLINE void store_tile(const V<T>* columns, int64_t D, int64_t count, T* rows) {
-  const T* const from = reinterpret_cast<const T*>(columns);
+  constexpr int W = Simd<T>::width;
+#if __has_builtin(__builtin_shufflevector)
+  constexpr int kSize = kPiece<T>;
+  if (count == W && D >= kSize) {
+    for (int64_t i = 0; i < D; i += kSize) {
+      const int64_t at = std::min(i, D - kSize);
+      V<T> v[kSize];
+#pragma GCC unroll 4
+      for (int r = 0; r < kSize; ++r) v[r] = columns[at + r];
+      transpose<T>(v);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < W; ++lane)
+        std::memcpy(rows + lane * D + at, (const T*)&v[lane % kSize] + lane / kSize * kSize, 16);
+    }
+    return;
+  }
+#endif
   for (int64_t lane = 0; lane < count; ++lane)
-    for (int64_t d = 0; d < D; ++d) rows[lane * D + d] = from[d * Simd<T>::width + lane];
+    for (int64_t d = 0; d < D; ++d) rows[lane * D + d] = columns[d][lane];
 }
 
-// Four samples to a transform of length 4.
+// The transform of length 4 of x[0], x[step], x[2 step], x[3 step].
 template <class T>
-HUBERT_ECG_INLINE void fft_quad(const V<T>* x, const int64_t* first, V<T>* X) {
-  const V<T> a = x[first[0]], b = x[first[1]], c = x[first[2]], d = x[first[3]];
-  const V<T> even = a + b, odd = c + d;
+HUBERT_ECG_INLINE void fft_quad(const V<T>* x, int64_t step, V<T>* X) {
+  const V<T> even = x[0] + x[2 * step], odd = x[step] + x[3 * step];
   X[0] = even + odd;
-  X[1] = a - b;
+  X[1] = x[0] - x[2 * step];
   X[2] = even - odd;
-  X[3] = d - c;
+  X[3] = x[3 * step] - x[step];
 }
 
 // The transform of odd length m of x[0], x[step], x[2 step], ...; overwrites x. Sums x_j + x_{m-j} meet the cosines,
@@ -149,24 +219,87 @@ HUBERT_ECG_INLINE void fft_join(V<T>* X, int64_t half, const T* circle, int64_t 
   }
 }
 
+// Four transforms of length `quarter`, of the samples 0, 2, 1 and 3 modulo 4, to one of four times the length.
+template <class T>
+HUBERT_ECG_INLINE void fft_join4(V<T>* X, int64_t quarter, const T* circle, int64_t turn) {
+  V<T>*const X1 = X + quarter, *const X2 = X1 + quarter, *const X3 = X2 + quarter;
+  {
+    const V<T> even = X[0] + X1[0], odd = X2[0] + X3[0];
+    const V<T> re = X[0] - X1[0], im = X3[0] - X2[0];
+    X[0] = even + odd;
+    X1[0] = re;
+    X2[0] = even - odd;
+    X3[0] = im;
+  }
+  for (int64_t k = 1, j = quarter - 1; k < j; ++k, --j) {
+    const T *const w1 = circle + 2 * k * turn, *const w2 = w1 + 2 * k * turn, *const w3 = w2 + 2 * k * turn;
+    const V<T> r0 = X[k], i0 = X[j];
+    const V<T> r2 = w2[0] * X1[k] + w2[1] * X1[j], i2 = w2[0] * X1[j] - w2[1] * X1[k];
+    const V<T> r1 = w1[0] * X2[k] + w1[1] * X2[j], i1 = w1[0] * X2[j] - w1[1] * X2[k];
+    const V<T> r3 = w3[0] * X3[k] + w3[1] * X3[j], i3 = w3[0] * X3[j] - w3[1] * X3[k];
+    const V<T> even_re = r0 + r2, even_im = i0 + i2, odd_re = r1 + r3, odd_im = i1 + i3;
+    const V<T> low_re = r0 - r2, low_im = i0 - i2, high_re = r1 - r3, high_im = i1 - i3;
+    X[k] = even_re + odd_re;
+    X3[j] = even_im + odd_im;
+    X1[j] = even_re - odd_re;
+    X2[k] = odd_im - even_im;
+    X1[k] = low_re + high_im;
+    X2[j] = low_im - high_re;
+    X[j] = low_re - high_im;
+    X3[k] = -low_im - high_re;
+  }
+  if (quarter % 2 == 0) {
+    const int64_t k = quarter / 2;
+    const V<T> f0 = X[k], f2 = X1[k];
+    const V<T> sum = T(0.70710678118654752440) * (X2[k] + X3[k]),
+               difference = T(0.70710678118654752440) * (X2[k] - X3[k]);
+    X[k] = f0 + difference;
+    X1[k] = f0 - difference;
+    X2[k] = f2 - sum;
+    X3[k] = -f2 - sum;
+  }
+}
+
+// The transform of kLeaf samples, every `step`, kept in registers. turn: entries of the circle in 1 / kLeaf of a turn.
+template <class T, int kLeaf>
+HUBERT_ECG_INLINE void fft_leaf(const V<T>* x, int64_t step, V<T>* X, const T* circle, int64_t turn) {
+  V<T> local[kLeaf];
+  if constexpr (kLeaf < 4) {
+    local[0] = kLeaf == 2 ? x[0] + x[step] : x[0];
+    if constexpr (kLeaf == 2) local[1] = x[0] - x[step];
+  } else {
+    constexpr int kQuads = kLeaf / 4, kReversed[] = {0, kQuads / 2, 1, 3};
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuads; ++q) fft_quad<T>(x + kReversed[q] * step, kQuads * step, local + 4 * q);
+    if constexpr (kLeaf == 8) fft_join<T>(local, 4, circle, turn);
+    if constexpr (kLeaf == 16) fft_join4<T>(local, 4, circle, turn);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLeaf; ++i) X[i] = local[i];
+}
+
 // x [n] is read (and overwritten where n has an odd factor), X [n] written. circle [n, 2]: cos and sin of 2 pi j / n.
 //
 // The result lies "half-complex": Re X_k at k for 0 <= k <= n / 2, Im X_k at n - k for 0 < k < n / 2. In that order
 // each butterfly writes where it read.
 template <class T>
 HUBERT_ECG_INLINE void real_fft(const RealFft& fft, V<T>* x, V<T>* X, const T* circle) {
-  const int64_t blocks = fft.n / fft.odd;
-  int64_t half = fft.odd;
-  if (fft.odd == 1 && blocks >= 4) {
-    for (int64_t b = 0; b < blocks; b += 4) fft_quad<T>(x, &fft.first[b], X + b);
-    half = 4;
-  } else if (fft.odd == 1) {
-    for (int64_t b = 0; b < blocks; ++b) X[b] = x[fft.first[b]];
-  } else {
-    for (int64_t b = 0; b < blocks; ++b) fft_odd<T>(x + fft.first[b], blocks, fft.odd, X + b * fft.odd, circle, blocks);
+  const int64_t n = fft.n, leaf = fft.leaf, step = n / leaf;
+  for (int64_t b = 0; b < step; ++b) {
+    V<T>*const from = x + fft.first[b], *const to = X + b * leaf;
+    leaf == 16  ? fft_leaf<T, 16>(from, step, to, circle, step)
+    : leaf == 8 ? fft_leaf<T, 8>(from, step, to, circle, step)
+    : leaf == 4 ? fft_leaf<T, 4>(from, step, to, circle, step)
+    : leaf == 2 ? fft_leaf<T, 2>(from, step, to, circle, step)
+    : leaf == 1 ? fft_leaf<T, 1>(from, step, to, circle, step)
+                : fft_odd<T>(from, step, leaf, to, circle, step);
   }
-  for (; half < fft.n; half *= 2)
-    for (int64_t at = 0; at < fft.n; at += 2 * half) fft_join<T>(X + at, half, circle, fft.n / (2 * half));
+  int64_t length = leaf;
+  if (fft.halves)
+    for (; length < 2 * leaf; length *= 2)
+      for (int64_t at = 0; at < n; at += 2 * length) fft_join<T>(X + at, length, circle, n / (2 * length));
+  for (; length < n; length *= 4)
+    for (int64_t at = 0; at < n; at += 4 * length) fft_join4<T>(X + at, length, circle, n / (4 * length));
 }
 
 }  // namespace HUBERT_ECG_ISA

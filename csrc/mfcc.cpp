@@ -15,10 +15,11 @@ constexpr double kTrusted = 5e-6;
 constexpr double kMostEnergy = 1e30;
 
 // The bins under a mel filter: its triangle touches few of them.
+template <class T>
 struct Band {
   int64_t first, last;
   // Of the frame's energy, what the filter must hold to be trusted in float32.
-  double least;
+  T least;
 };
 
 template <class T>
@@ -37,29 +38,27 @@ struct MfccTables {
         C(dct.size(1)),
         window(copy<T>(window)),
         circle(copy<T>(circle)),
-        bank(copy<T>(bank)),
         dct(copy<T>(dct)),
-        fft(N),
-        bands(M, Band{0, 0, 0}) {
+        fft(N) {
     for (int64_t m = 0; m < M; ++m) {
-      Band& band = bands[m];
-      for (int64_t k = 0; k < N / 2; ++k) {
-        const double weight = this->bank[m * (N / 2) + k];
-        if (weight == 0) continue;
-        if (band.last == 0) band.first = k;
-        band.last = k + 1;
-        band.least = std::max(band.least, kTrusted * weight);
-      }
-      if (band.last == 0) continue;
-      first_bin = std::min(first_bin, band.first);
-      last_bin = std::max(last_bin, band.last);
+      const double* const weight = bank.data<double>() + m * (N / 2);
+      int64_t first = 0, last = N / 2;
+      while (first < last && weight[first] == 0) ++first;
+      while (first < last && weight[last - 1] == 0) --last;
+      this->bank.insert(this->bank.end(), weight + first, weight + last);
+      const double most = first < last ? *std::max_element(weight + first, weight + last) : 0;
+      bands.push_back({first, last, static_cast<T>(kTrusted * most)});
+      if (first == last) continue;
+      first_bin = std::min(first_bin, first);
+      last_bin = std::max(last_bin, last);
     }
   }
 
   int64_t S, N, M, C;
-  std::vector<T> window, circle, bank, dct;
+  std::vector<T> window, circle, dct;
   RealFft fft;
-  std::vector<Band> bands;
+  std::vector<T> bank;  // the weights of each filter's band, one filter after another
+  std::vector<Band<T>> bands;
   int64_t first_bin = std::numeric_limits<int64_t>::max(), last_bin = 0;
 };
 

@@ -3,24 +3,37 @@
 
 namespace HUBERT_ECG_ISA {
 
-// y_i = w_i (x_i - 0.97 x_{i-1}) of the frame less its mean, then zeros. Written as a difference of neighbours, which
-// in a smooth signal is small and exact, plus 0.03 of the sample before: the rounding is that of y, not that of x. The
-// mean is formed less the first sample, so that a constant frame is exactly zero at any level. Returns the sum of
-// y_i^2.
+// x_i becomes y_i = w_i (x_i - 0.97 x_{i-1}) of the frame less its mean. Written as a difference of neighbours, which
+// in a smooth signal is small and exact, plus 0.03 of the sample before: the rounding is that of y, not that of x.
+template <class T>
+HUBERT_ECG_INLINE void emphasise(T window, V<T> mean, V<T>& x, V<T>& before, V<T>& energy) {
+  const V<T> here = x;
+  x = window * ((here - before) + T(1 - kPreemphasis) * (before - mean));
+  energy += x * x;
+  before = here;
+}
+
+// Emphasises a tile and fills it with zeros. The mean is formed less the first sample, so that a constant frame is
+// exactly zero at any level. Returns the sum of y_i^2.
 template <class T>
 HUBERT_ECG_INLINE V<T> condition(const MfccTables<T>& t, V<T>* x) {
+  constexpr int kSums = 4;  // at a time, because one would wait for itself
   const V<T> base = x[0];
-  V<T> sum[4] = {};
-  for (int64_t i = 0; i < t.S; ++i) sum[i % 4] += x[i] - base;
-  const V<T> mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
-  V<T> before = base, energy[4] = {};
-  for (int64_t i = 0; i < t.S; ++i) {
-    const V<T> here = x[i];
-    x[i] = t.window[i] * ((here - before) + T(1 - kPreemphasis) * (before - mean));
-    energy[i % 4] += x[i] * x[i];
-    before = here;
+  V<T> sum[kSums] = {}, energy[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= t.S; i += kSums) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kSums; ++r) sum[r] += x[i + r] - base;
   }
-  for (int64_t i = t.S; i < t.N; ++i) x[i] = V<T>{};
+  for (; i < t.S; ++i) sum[0] += x[i] - base;
+  const V<T> mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
+  V<T> before = base;
+  for (i = 0; i + kSums <= t.S; i += kSums) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kSums; ++r) emphasise<T>(t.window[i + r], mean, x[i + r], before, energy[r]);
+  }
+  for (; i < t.S; ++i) emphasise<T>(t.window[i], mean, x[i], before, energy[0]);
+  for (; i < t.N; ++i) x[i] = V<T>{};
   return (energy[0] + energy[1]) + (energy[2] + energy[3]);
 }
 
@@ -32,53 +45,51 @@ HUBERT_ECG_INLINE void power(const MfccTables<T>& t, const V<T>* X, V<T>* p) {
 
 // Returns how far the filters' energies are above what is trusted of a frame of energy `total`: below 0, or NaN, where
 // one is not.
-template <class T>
+template <class T, class Out>
 HUBERT_ECG_INLINE V<T> log_mel(const MfccTables<T>& t, const V<T>* p, V<T> total, V<T>* out) {
   const V<T> floor = V<T>{} + T(kEnergyFloor);
   V<T> margin = T(kMostEnergy) - total;
+  const T* weight = t.bank.data();
   for (int64_t m = 0; m < t.M; ++m) {
-    const T* const weight = t.bank.data() + m * (t.N / 2);
+    const Band<T> band = t.bands[m];
     V<T> energy = {};
-    for (int64_t k = t.bands[m].first; k < t.bands[m].last; ++k) energy += weight[k] * p[k];
-    energy = energy < floor ? floor : energy;
-    out[m] = logarithm<T>(energy);
-    const V<T> above = energy - T(t.bands[m].least) * total;
+    for (int64_t k = band.first; k < band.last; ++k) energy += *weight++ * p[k];
+    const V<T> above = energy - band.least * total;
     margin = above < margin ? above : margin;
+    out[m] = energy;
   }
+  for (int64_t m = 0; m < t.M; ++m) out[m] = logarithm<T, Out>(floor > out[m] ? floor : out[m]);
   return margin;
 }
 
-template <class T>
-HUBERT_ECG_INLINE void cosines(const MfccTables<T>& t, const V<T>* log_mel, V<T>* out) {
-  constexpr int kColumns = 4;
-  int64_t c = 0;
+// Coefficients from c on, kColumns at a time, then half as many, at last one by one.
+template <class T, int kColumns>
+HUBERT_ECG_INLINE void cosines(const MfccTables<T>& t, const V<T>* log_mel, int64_t c, V<T>* out) {
   for (; c + kColumns <= t.C; c += kColumns) {
     V<T> sum[kColumns] = {};
-    for (int64_t m = 0; m < t.M; ++m) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kColumns; ++r) sum[r] += t.dct[m * t.C + c + r] * log_mel[m];
+    const T* weight = t.dct.data() + c;
+    for (int64_t m = 0; m < t.M; ++m, weight += t.C) {
+      const V<T> log = log_mel[m];
+#pragma GCC unroll 16
+      for (int r = 0; r < kColumns; ++r) sum[r] += weight[r] * log;
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < kColumns; ++r) out[c + r] = sum[r];
   }
-  for (; c < t.C; ++c) {
-    V<T> sum = {};
-    for (int64_t m = 0; m < t.M; ++m) sum += t.dct[m * t.C + c] * log_mel[m];
-    out[c] = sum;
-  }
+  if constexpr (kColumns > 1) cosines<T, kColumns / 2>(t, log_mel, c, out);
 }
 
 // x [N] holds a tile of frames; behind it lies room for N + M + C more. Writes cepstrum [C], which lies at the end of
-// that room, and returns the margin of log_mel.
-template <class T>
+// that room, to the precision of Out, and returns the margin of log_mel.
+template <class T, class Out = T>
 HUBERT_ECG_INLINE V<T> cepstra(const MfccTables<T>& t, V<T>* x, V<T>*& cepstrum) {
   V<T>*const X = x + t.N, *const mel = X + t.N;
   cepstrum = mel + t.M;
   const V<T> total = condition<T>(t, x);
   real_fft<T>(t.fft, x, X, t.circle.data());
   power<T>(t, X, x);
-  const V<T> margin = log_mel<T>(t, x, total, mel);
-  cosines<T>(t, mel, cepstrum);
+  const V<T> margin = log_mel<T, Out>(t, x, total, mel);
+  cosines<T, 13>(t, mel, 0, cepstrum);
   return margin;
 }
 
@@ -86,17 +97,13 @@ HUBERT_ECG_INLINE V<T> cepstra(const MfccTables<T>& t, V<T>* x, V<T>*& cepstrum)
 HUBERT_ECG_TARGET static void mfcc_again(const MfccTables<double>& t, const float* frames, const int64_t* which,
                                          int count, void* scratch, float* out) {
   constexpr int W = Simd<double>::width;
-  V<double>* const x = static_cast<V<double>*>(scratch);
-  double* const to = reinterpret_cast<double*>(x);
-  for (int lane = 0; lane < W; ++lane) {
-    const float* const row = frames + which[std::min(lane, count - 1)] * t.S;
-    for (int64_t i = 0; i < t.S; ++i) to[i * W + lane] = row[i];
-  }
-  V<double>* cepstrum;
-  cepstra<double>(t, x, cepstrum);
-  const double* const from = reinterpret_cast<const double*>(cepstrum);
+  V<double>*const x = static_cast<V<double>*>(scratch), *cepstrum;
+  const float* row[W];
+  for (int lane = 0; lane < W; ++lane) row[lane] = frames + which[std::min(lane, count - 1)] * t.S;
+  load_rows<double>(row, t.S, x);
+  cepstra<double, float>(t, x, cepstrum);
   for (int lane = 0; lane < count; ++lane)
-    for (int64_t c = 0; c < t.C; ++c) out[which[lane] * t.C + c] = static_cast<float>(from[c * W + lane]);
+    for (int64_t c = 0; c < t.C; ++c) out[which[lane] * t.C + c] = static_cast<float>(cepstrum[c][lane]);
 }
 
 // Frames [begin, end), a tile of lanes at a time.
