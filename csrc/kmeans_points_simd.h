@@ -1,0 +1,167 @@
+// The inner loops of kmeans_points.cpp for one instruction set; every_isa.h includes them once for each.
+// Explicit vector types, because the tile has to stay in registers and the auto-vectorizer does not keep it there.
+#define HUBERT_ECG_INLINE HUBERT_ECG_TARGET static inline __attribute__((always_inline))
+
+namespace HUBERT_ECG_ISA {
+
+template <class T>
+struct Simd {
+  typedef T V __attribute__((vector_size(HUBERT_ECG_BYTES)));
+  typedef Index<T> I __attribute__((vector_size(HUBERT_ECG_BYTES)));
+  static constexpr int width = HUBERT_ECG_BYTES / sizeof(T);
+};
+template <class T>
+using V = typename Simd<T>::V;
+template <class T>
+using I = typename Simd<T>::I;
+
+template <class To, class From>
+HUBERT_ECG_INLINE To load(const From* from) {
+  To v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+template <class To, class From>
+HUBERT_ECG_INLINE void store(To* to, From v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+// Centroids in a register tile: 2 * kRows + 3 vector registers are in use, out of 16 or 32.
+#if HUBERT_ECG_BYTES == 64 || defined(__aarch64__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+
+// Copies `dim` coordinates of `count` points, less `shift`, to x [dim][2 W], the rest 0, and adds their squares to
+// squares [2 W].
+template <class T>
+HUBERT_ECG_TARGET static void pack(const T* points, int64_t stride, int64_t count, int64_t dim, const T* shift, T* x,
+                                   T* squares) {
+  constexpr int W = Simd<T>::width, L = 2 * W;
+  const T* row[L];
+  for (int l = 0; l < L; ++l) row[l] = points + std::min<int64_t>(l, count - 1) * stride;
+  int64_t d = 0;
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (sizeof(T) == 4) {
+    typedef float Q __attribute__((vector_size(16)));
+    for (; d + 4 <= dim; d += 4) {
+      const Q s = load<Q>(shift + d);
+#pragma GCC unroll 8
+      for (int l = 0; l < L; l += 4) {
+        const Q a = load<Q>(row[l] + d) - s, b = load<Q>(row[l + 1] + d) - s;
+        const Q c = load<Q>(row[l + 2] + d) - s, e = load<Q>(row[l + 3] + d) - s;
+        const Q ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ce = __builtin_shufflevector(c, e, 0, 4, 1, 5);
+        const Q fg = __builtin_shufflevector(a, b, 2, 6, 3, 7), hi = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+        store(x + d * L + l, __builtin_shufflevector(ab, ce, 0, 1, 4, 5));
+        store(x + (d + 1) * L + l, __builtin_shufflevector(ab, ce, 2, 3, 6, 7));
+        store(x + (d + 2) * L + l, __builtin_shufflevector(fg, hi, 0, 1, 4, 5));
+        store(x + (d + 3) * L + l, __builtin_shufflevector(fg, hi, 2, 3, 6, 7));
+      }
+    }
+  }
+#endif
+  for (; d < dim; ++d)
+    for (int l = 0; l < L; ++l) x[d * L + l] = row[l][d] - shift[d];
+  V<T> sum0 = load<V<T>>(squares), sum1 = load<V<T>>(squares + W);
+  for (d = 0; d < dim; ++d) {
+    const V<T> x0 = load<V<T>>(x + d * L), x1 = load<V<T>>(x + d * L + W);
+    sum0 += x0 * x0;
+    sum1 += x1 * x1;
+  }
+  store(squares, sum0), store(squares + W, sum1);
+}
+
+// Scores of 2 W points and num_k centroids over `dim` coordinates. They start at `half`, or where that is null, are
+// added to those of the coordinates before. Where `lowest` is not null, these are the last coordinates.
+//   x [dim][2 W]; c [num_k / kRows][dim][kRows]; half [num_k]; scores [num_k][2 W] (written); lowest [2 W] (updated)
+template <class T>
+HUBERT_ECG_TARGET static void score(const T* x, int64_t dim, const T* c, const T* half, int64_t num_k, T* scores,
+                                    T* lowest) {
+  constexpr int W = Simd<T>::width, L = 2 * W;
+  V<T> low0{}, low1{};
+  if (lowest) low0 = load<V<T>>(lowest), low1 = load<V<T>>(lowest + W);
+  for (int64_t k = 0; k < num_k; k += kRows, c += kRows * dim, scores += kRows * L) {
+    V<T> acc0[kRows], acc1[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc0[r] = acc1[r] = V<T>{};
+    for (int64_t d = 0; d < dim; ++d) {
+      const V<T> x0 = load<V<T>>(x + d * L), x1 = load<V<T>>(x + d * L + W);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        acc0[r] -= c[d * kRows + r] * x0;
+        acc1[r] -= c[d * kRows + r] * x1;
+      }
+    }
+    // Each block of coordinates is summed apart: fewer roundings in a row.
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      acc0[r] += half ? half[k + r] + V<T>{} : load<V<T>>(scores + r * L);
+      acc1[r] += half ? half[k + r] + V<T>{} : load<V<T>>(scores + r * L + W);
+      store(scores + r * L, acc0[r]), store(scores + r * L + W, acc1[r]);
+    }
+    if (lowest) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        low0 = acc0[r] < low0 ? acc0[r] : low0;
+        low1 = acc1[r] < low1 ? acc1[r] : low1;
+      }
+    }
+  }
+  if (lowest) store(lowest, low0), store(lowest + W, low1);
+}
+
+// Which scores of 2 W points lie within their rounding error of the lowest one: how many, and the last of them. The
+// limit is NaN, and the count 0, for points so long that a score may overflow.
+//   scores [num_k][2 W]; squares, lowest [2 W]; limit, count, arg [2 W] (written)
+template <class T>
+HUBERT_ECG_TARGET static void select(const T* scores, int64_t num_k, const T* squares, const T* lowest, T slack,
+                                     T half_longest, T* limit, Index<T>* count, Index<T>* arg) {
+  constexpr int W = Simd<T>::width, L = 2 * W;
+  constexpr T tiny = std::numeric_limits<T>::min(), huge = std::numeric_limits<T>::max() / 16;
+  for (int l = 0; l < L; ++l) {
+    const T found = lowest[l] + (slack * (std::sqrt(squares[l] + tiny) + half_longest) + tiny);
+    limit[l] = squares[l] < huge ? found : std::numeric_limits<T>::quiet_NaN();
+  }
+  const V<T> limit0 = load<V<T>>(limit), limit1 = load<V<T>>(limit + W);
+  I<T> count0{}, count1{}, arg0{}, arg1{};
+  for (int64_t k = 0; k < num_k; ++k, scores += L) {
+    const I<T> in0 = load<V<T>>(scores) <= limit0, in1 = load<V<T>>(scores + W) <= limit1;
+    count0 -= in0, count1 -= in1;
+    arg0 = in0 ? Index<T>(k) + I<T>{} : arg0;
+    arg1 = in1 ? Index<T>(k) + I<T>{} : arg1;
+  }
+  store(count, count0), store(count + W, count1);
+  store(arg, arg0), store(arg + W, arg1);
+}
+
+// |a - b|^2 in float64, its terms added in an order that does not depend on the instruction set.
+template <class T>
+HUBERT_ECG_TARGET static double distance(const T* a, const T* b, int64_t dim) {
+  constexpr int W = Simd<double>::width, kParts = 8 / W;
+  typedef T X __attribute__((vector_size(W * sizeof(T))));
+  V<double> sums[kParts] = {};
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const auto delta = __builtin_convertvector(load<X>(a + d + p * W), V<double>) -
+                         __builtin_convertvector(load<X>(b + d + p * W), V<double>);
+      sums[p] += delta * delta;
+    }
+  }
+  double s[8];
+  __builtin_memcpy(s, sums, sizeof(s));
+  for (; d < dim; ++d) {
+    const double delta = double(a[d]) - double(b[d]);
+    s[d % 8] += delta * delta;
+  }
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+template <class T>
+const Kernels<T> kernels = {kRows, 2 * Simd<T>::width, pack<T>, score<T>, select<T>, distance<T>};
+
+}  // namespace HUBERT_ECG_ISA
+
+#undef HUBERT_ECG_INLINE
