@@ -1,7 +1,9 @@
 // Which instruction set runs: the inner loops of <stem>.cpp lie in <stem>_simd.h and are compiled once for each.
 #pragma once
+#include <cstdint>
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 
 namespace hubert_ecg {
 
@@ -30,5 +32,9 @@ inline Isa best_isa() {
 #else
 #define HUBERT_ECG_BEST(...) baseline::__VA_ARGS__
 #endif
+
+// An integer as wide as T.
+template <class T>
+using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 }  // namespace hubert_ecg

@@ -19,36 +19,51 @@ void kmeans_accumulate_cpu(Tensor x, Tensor labels, Tensor sums, Tensor counts, 
 void kmeans_accumulate_cuda(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor partial_sums,
                             Tensor partial_counts, intptr_t stream);
 
+// Both in one pass over the points: labels as of kmeans_assign, their sums and counts as of kmeans_accumulate, and the
+// sum of |x[i] - centroids[labels[i]]|^2.
+//   inertia [] float64 (written); the others as above. On the CPU, P = 1 shares the columns among the threads instead.
+void kmeans_step_cpu(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
+                     Tensor partial_sums, Tensor partial_counts);
+
 inline bool is_points(Tensor x) { return x.ndim() == 2 && (x.is<float>() || x.is<double>()) && x.contiguous(); }
 
-inline void check_kmeans_assign(Tensor x, Tensor centroids, Tensor labels) {
-  HUBERT_ECG_CHECK(is_points(x), "kmeans_assign: x must be a contiguous float32 or float64 [N, D], got ", x);
+inline void check_kmeans_assign(Tensor x, Tensor centroids, Tensor labels, const char* op = "kmeans_assign") {
+  HUBERT_ECG_CHECK(is_points(x), op, ": x must be a contiguous float32 or float64 [N, D], got ", x);
   HUBERT_ECG_CHECK(is_points(centroids) && centroids.is<float>() == x.is<float>() && centroids.size(0) > 0 &&
                        centroids.size(1) == x.size(1),
-                   "kmeans_assign: centroids must be a contiguous [K, D] with K > 0 and the D and dtype of x (", x,
-                   "), got ", centroids);
-  HUBERT_ECG_CHECK(labels.ndim() == 1 && labels.is<int64_t>() && labels.contiguous() && labels.size(0) == x.size(0),
-                   "kmeans_assign: labels must be int64 [", x.size(0), "], got ", labels);
+                   op, ": centroids must be a contiguous [K, D] with K > 0 and the D and dtype of x (", x, "), got ",
+                   centroids);
+  HUBERT_ECG_CHECK(labels.ndim() == 1 && labels.is<int64_t>() && labels.contiguous() && labels.size(0) == x.size(0), op,
+                   ": labels must be int64 [", x.size(0), "], got ", labels);
 }
 
 inline void check_kmeans_accumulate(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor partial_sums,
-                                    Tensor partial_counts) {
-  HUBERT_ECG_CHECK(is_points(x), "kmeans_accumulate: x must be a contiguous float32 or float64 [N, D], got ", x);
-  HUBERT_ECG_CHECK(labels.ndim() == 1 && labels.is<int64_t>() && labels.contiguous() && labels.size(0) == x.size(0),
-                   "kmeans_accumulate: labels must be a contiguous int64 [", x.size(0), "], got ", labels);
-  HUBERT_ECG_CHECK(sums.ndim() == 2 && sums.is<double>() && sums.contiguous() && sums.size(1) == x.size(1),
-                   "kmeans_accumulate: sums must be float64 [K, ", x.size(1), "], got ", sums);
+                                    Tensor partial_counts, const char* op = "kmeans_accumulate") {
+  HUBERT_ECG_CHECK(is_points(x), op, ": x must be a contiguous float32 or float64 [N, D], got ", x);
+  HUBERT_ECG_CHECK(labels.ndim() == 1 && labels.is<int64_t>() && labels.contiguous() && labels.size(0) == x.size(0), op,
+                   ": labels must be a contiguous int64 [", x.size(0), "], got ", labels);
+  HUBERT_ECG_CHECK(sums.ndim() == 2 && sums.is<double>() && sums.contiguous() && sums.size(1) == x.size(1), op,
+                   ": sums must be float64 [K, ", x.size(1), "], got ", sums);
   HUBERT_ECG_CHECK(counts.ndim() == 1 && counts.is<int64_t>() && counts.contiguous() && counts.size(0) == sums.size(0),
-                   "kmeans_accumulate: counts must be int64 [", sums.size(0), "], got ", counts);
-  HUBERT_ECG_CHECK(partial_sums.ndim() == 3 && partial_sums.is<double>() && partial_sums.contiguous() &&
-                       partial_sums.size(0) > 0 && partial_sums.size(1) == sums.size(0) &&
-                       partial_sums.size(2) == sums.size(1),
-                   "kmeans_accumulate: partial_sums must be float64 [P, ", sums.size(0), ", ", sums.size(1), "], got ",
-                   partial_sums);
+                   op, ": counts must be int64 [", sums.size(0), "], got ", counts);
+  HUBERT_ECG_CHECK(
+      partial_sums.ndim() == 3 && partial_sums.is<double>() && partial_sums.contiguous() && partial_sums.size(0) > 0 &&
+          partial_sums.size(1) == sums.size(0) && partial_sums.size(2) == sums.size(1),
+      op, ": partial_sums must be float64 [P, ", sums.size(0), ", ", sums.size(1), "], got ", partial_sums);
   HUBERT_ECG_CHECK(partial_counts.ndim() == 2 && partial_counts.is<int64_t>() && partial_counts.contiguous() &&
                        partial_counts.size(0) == partial_sums.size(0) && partial_counts.size(1) == sums.size(0),
-                   "kmeans_accumulate: partial_counts must be int64 [", partial_sums.size(0), ", ", sums.size(0),
-                   "], got ", partial_counts);
+                   op, ": partial_counts must be int64 [", partial_sums.size(0), ", ", sums.size(0), "], got ",
+                   partial_counts);
+}
+
+inline void check_kmeans_step(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
+                              Tensor partial_sums, Tensor partial_counts) {
+  check_kmeans_assign(x, centroids, labels, "kmeans_step");
+  check_kmeans_accumulate(x, labels, sums, counts, partial_sums, partial_counts, "kmeans_step");
+  HUBERT_ECG_CHECK(sums.size(0) == centroids.size(0), "kmeans_step: sums must be float64 [", centroids.size(0), ", ",
+                   x.size(1), "], got ", sums);
+  HUBERT_ECG_CHECK(inertia.ndim() == 0 && inertia.is<double>(), "kmeans_step: inertia must be float64 [], got ",
+                   inertia);
 }
 
 }  // namespace hubert_ecg

@@ -3,16 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
 #include "isa.h"
 
 namespace hubert_ecg {
 namespace {
-
-// An integer as wide as T.
-template <class T>
-using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 // The inner loops for one instruction set: kmeans_points_simd.h.
 template <class T>

@@ -1,30 +1,8 @@
 // The inner loops of kmeans_points.cpp for one instruction set; every_isa.h includes them once for each.
 // Explicit vector types, because the tile has to stay in registers and the auto-vectorizer does not keep it there.
-#define HUBERT_ECG_INLINE HUBERT_ECG_TARGET static inline __attribute__((always_inline))
+#include "vectors_simd.h"
 
 namespace HUBERT_ECG_ISA {
-
-template <class T>
-struct Simd {
-  typedef T V __attribute__((vector_size(HUBERT_ECG_BYTES)));
-  typedef Index<T> I __attribute__((vector_size(HUBERT_ECG_BYTES)));
-  static constexpr int width = HUBERT_ECG_BYTES / sizeof(T);
-};
-template <class T>
-using V = typename Simd<T>::V;
-template <class T>
-using I = typename Simd<T>::I;
-
-template <class To, class From>
-HUBERT_ECG_INLINE To load(const From* from) {
-  To v;
-  __builtin_memcpy(&v, from, sizeof(v));
-  return v;
-}
-template <class To, class From>
-HUBERT_ECG_INLINE void store(To* to, From v) {
-  __builtin_memcpy(to, &v, sizeof(v));
-}
 
 // Centroids in a register tile: 2 * kRows + 3 vector registers are in use, out of 16 or 32.
 #if HUBERT_ECG_BYTES == 64 || defined(__aarch64__)
@@ -163,5 +141,3 @@ template <class T>
 const Kernels<T> kernels = {kRows, 2 * Simd<T>::width, pack<T>, score<T>, select<T>, distance<T>};
 
 }  // namespace HUBERT_ECG_ISA
-
-#undef HUBERT_ECG_INLINE

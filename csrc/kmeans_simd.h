@@ -1,19 +1,53 @@
-// The inner loops of kmeans.cpp for one instruction set; every_isa.h includes them once for each.
+// The inner loop of kmeans.cpp for one instruction set; every_isa.h includes it once for each.
+#include "vectors_simd.h"
+
 namespace HUBERT_ECG_ISA {
 
-// Adds n points to the sums and counts of their clusters.
-template <class T>
-HUBERT_ECG_TARGET static void add(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k,
-                                  double* sums, int64_t* counts) {
-  for (int64_t i = 0; i < n; ++i, x += dim) {
+template <class T, bool kInertia>
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) double add_rows(const T* x, int64_t stride,
+                                                                               const int64_t* labels, int64_t n,
+                                                                               int64_t width, int64_t num_k,
+                                                                               const T* centroids, double* sums,
+                                                                               int64_t* counts) {
+  constexpr int W = Simd<double>::width;
+  typedef T X __attribute__((vector_size(W * sizeof(T))));
+  V<double> squares{};
+  double rest = 0;
+  for (int64_t i = 0; i < n; ++i, x += stride) {
     const int64_t k = labels[i];
     if (k < 0 || k >= num_k) continue;
-    double* __restrict sum = sums + k * dim;
-    for (int64_t d = 0; d < dim; ++d) sum[d] += double(x[d]);
-    ++counts[k];
+    double* const sum = sums + k * stride;
+    const T* const centroid = kInertia ? centroids + k * stride : nullptr;
+    int64_t d = 0;
+    for (; d + W <= width; d += W) {
+      const auto value = __builtin_convertvector(load<X>(x + d), V<double>);
+      store(sum + d, load<V<double>>(sum + d) + value);
+      if constexpr (kInertia) {
+        const auto delta = value - __builtin_convertvector(load<X>(centroid + d), V<double>);
+        squares += delta * delta;
+      }
+    }
+    for (; d < width; ++d) {
+      const double value = double(x[d]);
+      sum[d] += value;
+      if constexpr (kInertia) rest += (value - double(centroid[d])) * (value - double(centroid[d]));
+    }
+    if (counts) ++counts[k];
   }
+  for (int l = 0; l < W; ++l) rest += squares[l];
+  return rest;
 }
 
-const Kernels kernels = {add<float>, add<double>};
+// Adds `width` columns of n points to the sums of their clusters, and the points to the counts where they are not null.
+// Returns the sum of squared distances in these columns, 0 where `centroids` is null. `stride` is that of all rows.
+template <class T>
+HUBERT_ECG_TARGET static double add(const T* x, int64_t stride, const int64_t* labels, int64_t n, int64_t width,
+                                    int64_t num_k, const T* centroids, double* sums, int64_t* counts) {
+  return centroids ? add_rows<T, true>(x, stride, labels, n, width, num_k, centroids, sums, counts)
+                   : add_rows<T, false>(x, stride, labels, n, width, num_k, centroids, sums, counts);
+}
+
+template <class T>
+const Kernels<T> kernels = {add<T>};
 
 }  // namespace HUBERT_ECG_ISA

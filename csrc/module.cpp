@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("time_freq_cpu", &hubert_ecg::time_freq_cpu, nogil);
   m.def("kmeans_assign_cpu", &hubert_ecg::kmeans_assign_cpu, nogil);
   m.def("kmeans_accumulate_cpu", &hubert_ecg::kmeans_accumulate_cpu, nogil);
+  m.def("kmeans_step_cpu", &hubert_ecg::kmeans_step_cpu, nogil);
 #ifdef HUBERT_ECG_CUDA
   m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
   m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);

@@ -11,6 +11,16 @@ def kmeans_assign_cpu(x: Any, centroids: Any, labels: Any) -> None: ...
 def kmeans_accumulate_cpu(
     x: Any, labels: Any, sums: Any, counts: Any, partial_sums: Any, partial_counts: Any
 ) -> None: ...
+def kmeans_step_cpu(
+    x: Any,
+    centroids: Any,
+    labels: Any,
+    sums: Any,
+    counts: Any,
+    inertia: Any,
+    partial_sums: Any,
+    partial_counts: Any,
+) -> None: ...
 
 # Where the module was built with CUDA, each also has a <op>_cuda, whose last argument is the stream's handle.
 def mfcc_cuda(frames: Any, window: Any, circle: Any, bank: Any, dct: Any, out: Any, stream: int) -> None: ...

@@ -6,7 +6,7 @@ C classes, H heads, N points.
 
 from hubert_ecg.ops._op import OPS, use_backend
 from hubert_ecg.ops.deltas import deltas
-from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign
+from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.mfcc import mfcc
 from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
@@ -16,6 +16,7 @@ __all__ = [
     "deltas",
     "kmeans_accumulate",
     "kmeans_assign",
+    "kmeans_step",
     "mfcc",
     "time_freq",
     "use_backend",

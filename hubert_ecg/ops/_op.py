@@ -58,6 +58,11 @@ class Op:
         self.call = getattr(torch.ops.hubert_ecg, self.name).default
         OPS[self.name] = self
 
+    def composed(self, fn: Callable[..., Any]) -> None:
+        """A backend made of other ops, on every device: for where this op has no kernel of its own, but they do."""
+        for device in DEVICES:
+            self.backends[device]["composed"] = fn
+
     def native(self, allocate_and_run: Callable[..., Any]) -> None:
         """The C++ and CUDA backend: ``fn(kernel, *args)`` allocates the outputs and runs ``kernel`` into them."""
         for device in DEVICES:

@@ -1,4 +1,4 @@
-"""The two steps of Lloyd's k-means: which centroid is nearest, and what the points of each cluster add up to."""
+"""The steps of Lloyd's k-means: which centroid is nearest, and what the points of each cluster add up to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _assign = Op("kmeans_assign(Tensor x, Tensor centroids) -> Tensor", reference.km
 _accumulate = Op(
     "kmeans_accumulate(Tensor x, Tensor labels, int num_clusters) -> (Tensor, Tensor)", reference.kmeans_accumulate
 )
+_step = Op("kmeans_step(Tensor x, Tensor centroids) -> (Tensor, Tensor, Tensor, Tensor)", reference.kmeans_step)
 
 
 @takes_arrays("x", "centroids")
@@ -33,12 +34,10 @@ def kmeans_assign(x: Array, centroids: Array) -> Array:
         labels, [N] int64.
 
     Raises:
-        ValueError: a wrong shape or dtype, named with what was given.
+        ValueError: a wrong shape, dtype or device, named with what was given.
     """
     _check_points("kmeans_assign", x)
-    if centroids.ndim != 2 or not len(centroids) or centroids.shape[1] != x.shape[1] or centroids.dtype != x.dtype:
-        want = f"[K, {x.shape[1]}] with K > 0 and the dtype of x ({_dtype(x)})"
-        raise ValueError(f"kmeans_assign: centroids must be {want}, got {_said(centroids)}")
+    _check_centroids("kmeans_assign", x, centroids)
     return _assign.call(_as_points(x), _as_points(centroids))
 
 
@@ -63,19 +62,60 @@ def kmeans_accumulate(x: Array, labels: Array, num_clusters: int) -> tuple[Array
         sums [K, D] float64 and counts [K] int64.
 
     Raises:
-        ValueError: a wrong shape or dtype, named with what was given.
+        ValueError: a wrong shape, dtype or device, named with what was given.
     """
     _check_points("kmeans_accumulate", x)
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise ValueError(f"kmeans_accumulate: labels must be int64 [{x.shape[0]}], got {_said(labels)}")
+    _check_device("kmeans_accumulate", "labels", x, labels)
     if num_clusters < 1:
         raise ValueError(f"kmeans_accumulate: num_clusters must be at least 1, got {num_clusters}")
     return _accumulate.call(_as_points(x), labels.contiguous(), num_clusters)
 
 
+@takes_arrays("x", "centroids")
+def kmeans_step(x: Array, centroids: Array) -> tuple[Array, Array, Array, Array]:
+    """One iteration of Lloyd's k-means in one pass over the points: ``kmeans_assign``, then ``kmeans_accumulate``.
+
+    The next centroids are ``sums / counts``. As with the two ops it stands for, the result does not depend on the
+    number of threads, to the last bit.
+
+    >>> kmeans_step(torch.tensor([[0.0], [0.5], [0.75]]), torch.tensor([[0.0], [1.0]]))
+    (tensor([0, 0, 1]), tensor([[0.5000],
+            [0.7500]], dtype=torch.float64), tensor([2, 1]), tensor(0.3125, dtype=torch.float64))
+
+    Args:
+        x: points, [N, D] float32 or float64 (half precision is computed in float32).
+        centroids: [K, D], of the dtype and on the device of ``x``.
+
+    Returns:
+        labels [N] int64, sums [K, D] float64, counts [K] int64, and the inertia [] float64: the sum of squared
+        distances of the points to the nearest of the given centroids.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, named with what was given.
+    """
+    _check_points("kmeans_step", x)
+    _check_centroids("kmeans_step", x, centroids)
+    return _step.call(_as_points(x), _as_points(centroids))
+
+
 def _check_points(op: str, x: Tensor) -> None:
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"{op}: x must be float32 or float64 [N, D], got {_said(x)}")
+
+
+def _check_centroids(op: str, x: Tensor, centroids: Tensor) -> None:
+    fits = centroids.ndim == 2 and len(centroids) > 0 and centroids.shape[1] == x.shape[1]
+    if not fits or centroids.dtype != x.dtype:
+        want = f"[K, {x.shape[1]}] with K > 0 and the dtype of x ({_dtype(x)})"
+        raise ValueError(f"{op}: centroids must be {want}, got {_said(centroids)}")
+    _check_device(op, "centroids", x, centroids)
+
+
+def _check_device(op: str, name: str, x: Tensor, other: Tensor) -> None:
+    if other.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {other.device}")
 
 
 def _as_points(x: Tensor) -> Tensor:
@@ -92,35 +132,68 @@ def _said(x: Tensor) -> str:
 
 @_assign.fake
 def _(x, centroids):
-    return x.new_empty(x.shape[0], dtype=torch.int64)
+    return _labels(x)
 
 
 @_assign.native
 def _(kernel, x, centroids):
-    labels = x.new_empty(x.shape[0], dtype=torch.int64)
+    labels = _labels(x)
     kernel(x.contiguous(), centroids.contiguous(), labels)
     return labels
 
 
 @_accumulate.fake
 def _(x, labels, num_clusters):
-    sums = x.new_empty(num_clusters, x.shape[1], dtype=torch.float64)
-    return sums, x.new_empty(num_clusters, dtype=torch.int64)
+    return _sums(x, num_clusters)
 
 
 @_accumulate.native
 def _(kernel, x, labels, num_clusters):
-    chunks = _num_chunks(x, num_clusters)
-    sums = x.new_empty(num_clusters, x.shape[1], dtype=torch.float64)
-    counts = x.new_empty(num_clusters, dtype=torch.int64)
-    partial_sums = x.new_empty(chunks, num_clusters, x.shape[1], dtype=torch.float64)
-    partial_counts = x.new_empty(chunks, num_clusters, dtype=torch.int64)
-    kernel(x.contiguous(), labels.contiguous(), sums, counts, partial_sums, partial_counts)
+    sums, counts = _sums(x, num_clusters)
+    kernel(x.contiguous(), labels.contiguous(), sums, counts, *_sums(x, num_clusters, _num_chunks(x, num_clusters)))
     return sums, counts
 
 
+@_step.fake
+def _(x, centroids):
+    return _labels(x), *_sums(x, len(centroids)), x.new_empty((), dtype=torch.float64)
+
+
+@_step.composed
+def _(x, centroids):
+    labels = _assign.call(x, centroids)
+    sums, counts = _accumulate.call(x, labels, len(centroids))
+    return labels, sums, counts, reference.inertia(x, centroids, labels)
+
+
+@_step.native
+def _(kernel, x, centroids):
+    labels, inertia = _labels(x), x.new_empty((), dtype=torch.float64)
+    sums, counts = _sums(x, len(centroids))
+    partial = _sums(x, len(centroids), _num_chunks(x, len(centroids)))
+    kernel(x.contiguous(), centroids.contiguous(), labels, sums, counts, inertia, *partial)
+    return labels, sums, counts, inertia
+
+
+def _labels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _sums(x: Tensor, num_clusters: int, *leading: int) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty(*leading, num_clusters, x.shape[1], dtype=torch.float64)
+    return sums, x.new_empty(*leading, num_clusters, dtype=torch.int64)
+
+
 def _num_chunks(x: Tensor, num_clusters: int) -> int:
-    """Chunks to sum apart: enough to share among threads, and no more scratch than points or than 256 MiB."""
-    points = 256 if x.is_cuda else 8192
-    most = (256 << 20) // (8 * num_clusters * (x.shape[1] + 1))
-    return max(1, min(x.shape[0] // max(points, 2 * num_clusters), most, 1024 if x.is_cuda else 64))
+    """Chunks of the points with sums of their own: enough to share among threads, within 32 MiB of memory.
+
+    On a CPU, 1 where there would be fewer: its kernels then share the columns.
+    """
+    points, width = x.shape
+    if x.is_cuda:
+        most = (256 << 20) // (8 * num_clusters * (width + 1))
+        return max(1, min(points // max(256, 2 * num_clusters), most, 1024))
+    most = (32 << 20) // (8 * num_clusters * (width + 1))
+    if most < 64 <= width:
+        return 1
+    return max(1, min(points // max(2048, 2 * num_clusters), most, 256))

@@ -30,6 +30,20 @@ def kmeans_accumulate(x: Tensor, labels: Tensor, num_clusters: int) -> tuple[Ten
     return sums, torch.bincount(labels, minlength=num_clusters)
 
 
+def kmeans_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    labels = kmeans_assign(x, centroids)
+    sums, counts = kmeans_accumulate(x, labels, len(centroids))
+    return labels, sums, counts, inertia(x, centroids, labels)
+
+
+def inertia(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    total = x.new_zeros((), dtype=torch.float64)
+    step = max(1, _CHUNK // max(1, x.shape[1]))
+    for rows, own in zip(x.split(step), labels.split(step), strict=True):
+        total += (rows.double() - centroids[own].double()).square().sum()
+    return total
+
+
 def kmeans_assign_samples(device: str) -> Iterator[tuple[Any, ...]]:
     random = torch.Generator().manual_seed(0)
     for n, k, d in [(1, 1, 1), (0, 3, 5), (93, 100, 39), (1000, 7, 16), (257, 33, 13), (65, 13, 768), (40, 5, 0)]:
@@ -61,23 +75,48 @@ def kmeans_accumulate_samples(device: str) -> Iterator[tuple[Any, ...]]:
     yield (1e4 + torch.randn(200, 9, generator=random)).to(device), labels.to(device), 8
 
 
+def kmeans_step_samples(device: str) -> Iterator[tuple[Any, ...]]:
+    yield from kmeans_assign_samples(device)
+    random = torch.Generator().manual_seed(1)
+    # Large enough to be cut into chunks, and so wide that the columns are shared instead.
+    for n, k, d in [(10_000, 5, 3), (200, 150, 600)]:
+        yield torch.randn(n, d, generator=random).to(device), torch.randn(k, d, generator=random).to(device)
+
+
 # Labels are equal, never close; sums are kept in float64 whatever the input, and only their order differs.
 kmeans_assign_tolerance = {torch.float32: (0.0, 0.0), torch.float64: (0.0, 0.0)}
 kmeans_accumulate_tolerance = {torch.float32: (1e-12, 1e-9), torch.float64: (1e-12, 1e-9)}
+kmeans_step_tolerance = kmeans_accumulate_tolerance
 
 
 def kmeans_assign_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
+    yield from _nearest_errors("kmeans_assign")
+
+
+def kmeans_step_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
+    yield from _nearest_errors("kmeans_step")
+
+
+def _nearest_errors(op: str) -> Iterator[tuple[tuple[Any, ...], str]]:
     x = torch.zeros(4, 3)
-    yield (x[0], x), r"kmeans_assign: x must be .*\[N, D\], got float32\[3\]"
-    yield (x.long(), x), r"kmeans_assign: x must be .*float32 or float64.*, got int64\[4, 3\]"
-    yield (x, x[:, :2]), r"kmeans_assign: centroids must be .*, got float32\[4, 2\]"
-    yield (x, x[:0]), r"kmeans_assign: centroids must be .*K > 0.*, got float32\[0, 3\]"
-    yield (x, x.double()), r"kmeans_assign: centroids must be .*dtype of x.*, got float64\[4, 3\]"
+    yield (x[0], x), rf"{op}: x must be .*\[N, D\], got float32\[3\]"
+    yield (x.long(), x), rf"{op}: x must be .*float32 or float64.*, got int64\[4, 3\]"
+    yield (x.to(torch.complex64), x), rf"{op}: x must be .*float32 or float64.*, got complex64\[4, 3\]"
+    yield ([[0.0]], x), rf"{op}: x must be a NumPy, CuPy or torch array, got list"
+    yield (x, x[0]), rf"{op}: centroids must be .*\[K, 3\].*, got float32\[3\]"
+    yield (x, x[:, :2]), rf"{op}: centroids must be .*, got float32\[4, 2\]"
+    yield (x, x[:0]), rf"{op}: centroids must be .*K > 0.*, got float32\[0, 3\]"
+    yield (x, x.double()), rf"{op}: centroids must be .*dtype of x.*, got float64\[4, 3\]"
+    yield (x, x.to("meta")), rf"{op}: centroids must be on the device of x \(cpu\), got meta"
 
 
 def kmeans_accumulate_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     x, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
     yield (x[0], labels, 2), r"kmeans_accumulate: x must be .*\[N, D\], got float32\[3\]"
+    yield (x.long(), labels, 2), r"kmeans_accumulate: x must be .*float32 or float64.*, got int64\[4, 3\]"
     yield (x, labels[:3], 2), r"kmeans_accumulate: labels must be .*int64 \[4\], got int64\[3\]"
+    yield (x, labels[:, None], 2), r"kmeans_accumulate: labels must be .*int64 \[4\], got int64\[4, 1\]"
     yield (x, labels.int(), 2), r"kmeans_accumulate: labels must be .*int64 \[4\], got int32\[4\]"
+    yield (x, labels.to("meta"), 2), r"kmeans_accumulate: labels must be on the device of x \(cpu\), got meta"
     yield (x, labels, 0), r"kmeans_accumulate: num_clusters must be at least 1, got 0"
+    yield (x, labels, -3), r"kmeans_accumulate: num_clusters must be at least 1, got -3"
