@@ -19,12 +19,9 @@ bool is_matrix(const Tensor& x, int64_t rows, int64_t columns) {
   return x.is<T>() && x.contiguous() && x.ndim() == 2 && x.size(0) == rows && x.size(1) == columns;
 }
 
-template <class T>
-void check_mfcc(const Tensor& frames, const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct,
-                const Tensor& out) {
-  HUBERT_ECG_CHECK(frames.is<T>() && frames.contiguous() && frames.ndim() == 2 && frames.size(1) >= 2,
-                   "mfcc: frames must be contiguous [F, S >= 2], got ", frames);
-  const int64_t F = frames.size(0), S = frames.size(1);
+// For frames of S samples.
+inline void check_mfcc_tables(int64_t S, const Tensor& window, const Tensor& circle, const Tensor& bank,
+                              const Tensor& dct) {
   int64_t N = 2;
   while (N < S) N *= 2;
   HUBERT_ECG_CHECK(window.is<double>() && window.contiguous() && window.ndim() == 1 && window.size(0) == S,
@@ -34,8 +31,16 @@ void check_mfcc(const Tensor& frames, const Tensor& window, const Tensor& circle
                    N / 2, "], got ", bank);
   HUBERT_ECG_CHECK(dct.ndim() == 2 && is_matrix<double>(dct, bank.size(0), dct.size(1)), "mfcc: dct must be float64 [",
                    bank.size(0), ", C], got ", dct);
-  HUBERT_ECG_CHECK(is_matrix<T>(out, F, dct.size(1)), "mfcc: out must be [", F, ", ", dct.size(1),
-                   "] of the type of frames, got ", out);
+}
+
+template <class T>
+void check_mfcc(const Tensor& frames, const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct,
+                const Tensor& out) {
+  HUBERT_ECG_CHECK(frames.is<T>() && frames.contiguous() && frames.ndim() == 2 && frames.size(1) >= 2,
+                   "mfcc: frames must be contiguous [F, S >= 2], got ", frames);
+  check_mfcc_tables(frames.size(1), window, circle, bank, dct);
+  HUBERT_ECG_CHECK(is_matrix<T>(out, frames.size(0), dct.size(1)), "mfcc: out must be [", frames.size(0), ", ",
+                   dct.size(1), "] of the type of frames, got ", out);
 }
 
 }  // namespace hubert_ecg

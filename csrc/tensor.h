@@ -21,6 +21,14 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+// Sixteen bits of a number that the processor may have no type for.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
 class Tensor {
  public:
   Tensor() = default;
@@ -73,6 +81,18 @@ inline bool Tensor::is<double>() const {
 template <>
 inline bool Tensor::is<int64_t>() const {
   return matches<0, int64_t>();
+}
+template <>
+inline bool Tensor::is<int16_t>() const {
+  return matches<0, int16_t>();
+}
+template <>
+inline bool Tensor::is<Float16>() const {
+  return matches<2, Float16>();
+}
+template <>
+inline bool Tensor::is<BFloat16>() const {
+  return matches<4, BFloat16>();
 }
 
 // Reaches Python as ValueError.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hubert_ecg.features import mfcc, mixed, time_freq
-from hubert_ecg.features.tokens import Frames, TokenGeometry, corrected_frames, published_frames, token_geometry
+from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry
 from hubert_ecg.ops._op import takes_arrays
 from hubert_ecg.signal import LEADS
 
@@ -23,8 +23,6 @@ FEATURE_TYPES: dict[str, Callable[[Frames], torch.Tensor]] = {
 }
 
 __all__ = ["FEATURE_TYPES", "Frames", "TokenGeometry", "extract", "num_features", "token_geometry"]
-
-_PUBLISHED_S = 5
 
 
 @takes_arrays("ecg")
@@ -56,29 +54,11 @@ def extract(ecg: Any, feature_type: str, compat: str = "corrected", sample_rate_
     """
     if feature_type not in FEATURE_TYPES:
         raise ValueError(f"extract: feature_type must be one of {sorted(FEATURE_TYPES)}, got {feature_type!r}")
-    if compat not in ("corrected", "published"):
-        raise ValueError(f"extract: compat must be 'corrected' or 'published', got {compat!r}")
-    geometry = token_geometry(sample_rate_hz)
-    if ecg is None:
-        raise ValueError("extract: ecg must be [12, T] or [B, 12, T], got None")
-    if ecg.ndim not in (2, 3) or ecg.shape[-2] != len(LEADS):
-        raise ValueError(f"extract: ecg must be [12, T] or [B, 12, T], got {list(ecg.shape)}")
+    plan = frame_plan("extract", ecg, compat, sample_rate_hz)
     if ecg.is_complex():
         raise ValueError(f"extract: ecg must be real, got {ecg.dtype}")
-    num_samples, rate_hz = ecg.shape[-1], int(sample_rate_hz)
-    if compat == "published" and num_samples != _PUBLISHED_S * rate_hz:
-        raise ValueError(
-            f"extract: ecg must hold {_PUBLISHED_S * rate_hz} samples of each lead ({_PUBLISHED_S} s at {rate_hz} Hz) "
-            f"with compat='published', got {num_samples}; cut it into {_PUBLISHED_S} s, or use compat='corrected'"
-        )
-    if geometry.num_tokens(num_samples) == 0:
-        raise ValueError(
-            f"extract: ecg must hold at least {-(-geometry.receptive_field // len(LEADS))} samples of each lead, "
-            f"one token at {rate_hz} Hz, got {num_samples}"
-        )
-    cut = corrected_frames if compat == "corrected" else published_frames
-    records = ecg.detach().to(torch.float32).reshape(-1, len(LEADS), num_samples)
-    vectors = FEATURE_TYPES[feature_type](cut(records, rate_hz))
+    records = ecg.detach().to(torch.float32).reshape(-1, *ecg.shape[-2:])
+    vectors = FEATURE_TYPES[feature_type](cut_frames(records, plan))
     return vectors[0] if ecg.ndim == 2 else vectors
 
 

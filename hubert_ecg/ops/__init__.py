@@ -7,6 +7,7 @@ C classes, H heads, N points.
 from hubert_ecg.ops._op import OPS, use_backend
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
+from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
 from hubert_ecg.ops.mfcc import mfcc
 from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
@@ -14,10 +15,14 @@ __all__ = [
     "OPS",
     "TIME_FREQ_NAMES",
     "deltas",
+    "frame_assign",
     "kmeans_accumulate",
     "kmeans_assign",
     "kmeans_step",
     "mfcc",
+    "mfcc_assign",
+    "mixed_assign",
     "time_freq",
+    "time_freq_assign",
     "use_backend",
 ]

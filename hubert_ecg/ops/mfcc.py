@@ -56,19 +56,24 @@ def mfcc(
         ValueError: a wrong shape, dtype or band, named with what was given.
     """
     frames = as_floating("mfcc: frames", frames, min_samples=2)
-    nyquist_hz = sample_rate_hz / 2
-    if not sample_rate_hz > 0:
-        raise ValueError(f"mfcc: sample_rate_hz must be positive, got {sample_rate_hz}")
-    if not 0 <= low_hz < nyquist_hz:
-        raise ValueError(f"mfcc: low_hz must be in [0, {nyquist_hz:g}) at this sampling rate, got {low_hz}")
-    if not low_hz < (high_hz if high_hz > 0 else nyquist_hz + high_hz) <= nyquist_hz:
-        want = f"above low_hz ({low_hz:g} Hz) and at most half the sampling rate ({nyquist_hz:g} Hz)"
-        raise ValueError(f"mfcc: high_hz must be {want}, or at most 0 to count from there, got {high_hz}")
+    check_band("mfcc", sample_rate_hz, low_hz, high_hz)
     if num_mel < 4:
         raise ValueError(f"mfcc: num_mel must be at least 4, got {num_mel}")
     if not 1 <= num_mfcc <= num_mel:
         raise ValueError(f"mfcc: num_mfcc must be in 1 .. num_mel ({num_mel}), got {num_mfcc}")
     return _mfcc.call(frames, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc)
+
+
+def check_band(op: str, sample_rate_hz: float, low_hz: float, high_hz: float) -> None:
+    """Raises ValueError, in the words of ``op``, where mel filters cannot cover the band."""
+    nyquist_hz = sample_rate_hz / 2
+    if not sample_rate_hz > 0:
+        raise ValueError(f"{op}: sample_rate_hz must be positive, got {sample_rate_hz}")
+    if not 0 <= low_hz < nyquist_hz:
+        raise ValueError(f"{op}: low_hz must be in [0, {nyquist_hz:g}) at this sampling rate, got {low_hz}")
+    if not low_hz < (high_hz if high_hz > 0 else nyquist_hz + high_hz) <= nyquist_hz:
+        want = f"above low_hz ({low_hz:g} Hz) and at most half the sampling rate ({nyquist_hz:g} Hz)"
+        raise ValueError(f"{op}: high_hz must be {want}, or at most 0 to count from there, got {high_hz}")
 
 
 @_mfcc.fake
