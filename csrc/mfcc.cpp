@@ -1,7 +1,9 @@
 #include "mfcc.h"
 
 #include <limits>
+#include <memory>
 
+#include "frame_features.h"
 #include "frames.h"
 
 namespace hubert_ecg {
@@ -66,16 +68,20 @@ struct MfccTables {
 #include "every_isa.h"
 
 template <class T>
+int64_t scratch_bytes(const MfccTables<T>& tables) {
+  return (2 * tables.N + tables.M + tables.C) * 64;
+}
+
+template <class T>
 void run(const Tensor& frames, const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct,
          const Tensor& out) {
   check_mfcc<T>(frames, window, circle, bank, dct, out);
   const MfccTables<T> tables(window, circle, bank, dct);
   const MfccTables<double> exact(window, circle, bank, dct);
   const auto kernel = HUBERT_ECG_BEST(mfcc<T>);
-  split_frames(frames.size(0), (2 * tables.N + tables.M + tables.C) * 64,
-               [&](int64_t begin, int64_t end, void* scratch) {
-                 kernel(tables, exact, frames.data<T>(), begin, end, scratch, out.data<T>());
-               });
+  split_frames(frames.size(0), scratch_bytes(tables), [&](int64_t begin, int64_t end, void* scratch) {
+    kernel(tables, exact, frames.data<T>(), begin, end, scratch, out.data<T>());
+  });
 }
 
 }  // namespace
@@ -83,6 +89,15 @@ void run(const Tensor& frames, const Tensor& window, const Tensor& circle, const
 void mfcc_cpu(Tensor frames, Tensor window, Tensor circle, Tensor bank, Tensor dct, Tensor out) {
   frames.is<double>() ? run<double>(frames, window, circle, bank, dct, out)
                       : run<float>(frames, window, circle, bank, dct, out);
+}
+
+FrameFeatures mfcc_features(const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct) {
+  const auto tables = std::make_shared<const MfccTables<float>>(window, circle, bank, dct);
+  const auto exact = std::make_shared<const MfccTables<double>>(window, circle, bank, dct);
+  const auto kernel = HUBERT_ECG_BEST(mfcc<float>);
+  return {tables->C, scratch_bytes(*tables), [=](const float* frames, int64_t count, void* scratch, float* out) {
+            kernel(*tables, *exact, frames, 0, count, scratch, out);
+          }};
 }
 
 }  // namespace hubert_ecg

@@ -4,6 +4,7 @@
 
 #include "deltas.h"
 #include "kmeans.h"
+#include "label.h"
 #include "mfcc.h"
 #include "time_freq.h"
 
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("kmeans_assign_cpu", &hubert_ecg::kmeans_assign_cpu, nogil);
   m.def("kmeans_accumulate_cpu", &hubert_ecg::kmeans_accumulate_cpu, nogil);
   m.def("kmeans_step_cpu", &hubert_ecg::kmeans_step_cpu, nogil);
+  m.def("frame_assign_cpu", &hubert_ecg::frame_assign_cpu, nogil);
 #ifdef HUBERT_ECG_CUDA
   m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
   m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);

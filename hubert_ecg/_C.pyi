@@ -21,6 +21,22 @@ def kmeans_step_cpu(
     partial_sums: Any,
     partial_counts: Any,
 ) -> None: ...
+def frame_assign_cpu(
+    ecg: Any,
+    scale: Any,
+    centroids: Any,
+    window: Any,
+    circle: Any,
+    bank: Any,
+    dct: Any,
+    frame_circle: Any,
+    ends: Any,
+    labels: Any,
+    kind: int,
+    start: int,
+    frame_length: int,
+    normalize: bool,
+) -> None: ...
 
 # Where the module was built with CUDA, each also has a <op>_cuda, whose last argument is the stream's handle.
 def mfcc_cuda(frames: Any, window: Any, circle: Any, bank: Any, dct: Any, out: Any, stream: int) -> None: ...
