@@ -9,13 +9,6 @@
 namespace hubert_ecg {
 namespace {
 
-// A mel filter whose energy is below this share of the frame's has lost digits in a float32 transform, whose every bin
-// is off by about FLT_EPSILON of the whole: coefficients then miss Kaldi's by more than 1e-3. Such a frame, as smooth
-// as an ECG often is, is computed again in float64.
-constexpr double kTrusted = 5e-6;
-// Above this energy, squares overflow in float32.
-constexpr double kMostEnergy = 1e30;
-
 // The bins under a mel filter: its triangle touches few of them.
 template <class T>
 struct Band {

@@ -1,94 +1,125 @@
 #include <algorithm>
 
-#include "launch.h"
-#include "mfcc.h"
+#include "mfcc.cuh"
 
 namespace hubert_ecg {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kSharedBytes = 48 << 10;
+constexpr int kWarps = 4;
 
-// One warp to a frame; blockDim.x / 32 frames to a block at a time. The spectrum is a sum per bin: N is small.
-// In float64 throughout: a smooth frame, whose filters hold a millionth of its energy, has no third digit in float32.
-// Shared memory holds, for each frame, y [N], power [N / 2] and log_mel [M].
-template <class T>
-__global__ void mfcc_kernel(const T* frames, const double* window, const double* circle, const double* bank,
-                            const double* dct, T* out, int64_t F, int S, int N, int M, int C) {
-  HUBERT_ECG_SHARED(double, shared);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  double* const y = shared + warp * (N + N / 2 + M);
-  double* const power = y + N;
-  double* const log_mel = power + N / 2;
+// 32 frames to a warp at a time, each transformed in the registers of one lane. A frame that float32 is not trusted
+// with is computed again by the whole warp: of prepared ECGs, less than one in a hundred.
+// Shared memory: the tables, and for each warp a tile of 32 frames, where its 32 cepstra lie in the end.
+template <int N, bool kFull>
+__global__ void __launch_bounds__(kWarps* kWarp, 4)
+    mfcc_small(const float* frames, MfccView t, float* out, int64_t F, int tile_floats) {
+  HUBERT_ECG_SHARED(unsigned char, shared);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, pitch = row_pitch(t.S);
+  float* const tile = reinterpret_cast<float*>(shared) + warp * tile_floats;
+  const SmallMfcc tables = small_mfcc(shared + kWarps * tile_floats * sizeof(float), N, t.M);
+  double* const exact = tables.exact + warp * (N + t.M);
+  fill_small_mfcc(t, tables);
+  __syncthreads();
 
-  for (int64_t first = int64_t(blockIdx.x) * warps; first < F; first += int64_t(gridDim.x) * warps) {
-    // Every thread takes every barrier: warps beyond the last frame compute it once more and write nothing.
-    const bool inside = first + warp < F;
-    const T* const x = frames + (inside ? first + warp : F - 1) * S;
-
-    // As on the CPU: the mean is formed less the first sample, and pre-emphasis written as a difference of neighbours.
-    const double base = x[0];
-    double sum = 0;
-    for (int i = lane; i < S; i += kWarp) sum += x[i] - base;
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    const double mean = base + sum / S;
-    for (int i = lane; i < N; i += kWarp) {
-      const double before = i < S ? x[i ? i - 1 : 0] : mean;
-      y[i] = i < S ? window[i] * ((x[i] - before) + (1 - kPreemphasis) * (before - mean)) : 0;
+  const int64_t step = int64_t(gridDim.x) * kWarps * kWarp;
+  for (int64_t first = (int64_t(blockIdx.x) * kWarps + warp) * kWarp; first < F; first += step) {
+    const int count = int(F - first < kWarp ? F - first : kWarp);
+    copy_rows(frames + first * t.S, count, t.S, tile, pitch, lane);
+    copy_wait();
+    __syncwarp();
+    // Lanes beyond the last frame compute what nobody reads.
+    float cepstrum[kMostCepstra];
+    const float margin = cepstrum_of_thread<N, kFull>(t, tables, tile + lane * pitch, cepstrum);
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kMostCepstra; ++c)
+      if (c < t.C) tile[lane * t.C + c] = cepstrum[c];
+    unsigned doubtful = __ballot_sync(kAllLanes, lane < count && !(margin >= 0));
+    __syncwarp();
+    for (; doubtful; doubtful &= doubtful - 1) {
+      const int row = __ffs(doubtful) - 1;
+      const float* const x = frames + (first + row) * t.S;
+      cepstrum_of_warp<double>(
+          t, t.window, t.circle, tables.bands, exact, [&](int i) { return x[i]; },
+          [&](int c, double coefficient) { tile[row * t.C + c] = float(coefficient); }, lane);
     }
-    __syncthreads();
-
-    for (int k = lane; k < N / 2; k += kWarp) {
-      double re = 0, im = 0;
-      for (int i = 0; i < S; ++i) {
-        const int angle = (k * i) & (N - 1);
-        re += y[i] * circle[2 * angle];
-        im += y[i] * circle[2 * angle + 1];
-      }
-      power[k] = re * re + im * im;
-    }
-    __syncthreads();
-
-    for (int m = lane; m < M; m += kWarp) {
-      double energy = 0;
-      for (int k = 0; k < N / 2; ++k) energy += bank[m * (N / 2) + k] * power[k];
-      log_mel[m] = log(energy < kEnergyFloor ? kEnergyFloor : energy);
-    }
-    __syncthreads();
-
-    for (int c = lane; c < C; c += kWarp) {
-      double coefficient = 0;
-      for (int m = 0; m < M; ++m) coefficient += dct[m * C + c] * log_mel[m];
-      if (inside) out[(first + warp) * C + c] = static_cast<T>(coefficient);
-    }
-    __syncthreads();
+    write_numbers(tile, count * t.C, out + first * t.C, lane);
+    __syncwarp();
   }
 }
 
+// A frame to a warp, of any length: in T, and a doubtful one again in float64.
+// Shared memory: bands [M], window [S] and circle [N, 2] in T, and for each warp N + M of float64.
 template <class T>
-void run(const Tensor& frames, const Tensor& window, const Tensor& circle, const Tensor& bank, const Tensor& dct,
-         const Tensor& out, intptr_t stream) {
-  check_mfcc<T>(frames, window, circle, bank, dct, out);
-  const int64_t F = frames.size(0), N = circle.size(0), M = bank.size(0);
-  if (F == 0) return;
-  const int64_t bytes = (N + N / 2 + M) * static_cast<int64_t>(sizeof(double)),
-                warps = std::min<int64_t>(4, kSharedBytes / bytes);
-  HUBERT_ECG_CHECK(warps > 0, "mfcc: frames must fit the shared memory of a block, ", kSharedBytes, " bytes, got ",
-                   frames, ", which take ", bytes, "; compute them on the CPU");
-  const int64_t blocks = std::min<int64_t>((F + warps - 1) / warps, 1 << 16);
-  HUBERT_ECG_LAUNCH(mfcc_kernel<T>, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
-                    static_cast<unsigned>(warps * bytes), stream, frames.data<T>(), window.data<double>(),
-                    circle.data<double>(), bank.data<double>(), dct.data<double>(), out.data<T>(), F,
-                    static_cast<int>(frames.size(1)), static_cast<int>(N), static_cast<int>(M),
-                    static_cast<int>(dct.size(1)));
+__global__ void mfcc_any(const T* frames, MfccView t, T* out, int64_t F) {
+  HUBERT_ECG_SHARED(double, shared);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  double* const exact = shared + warp * (t.N + t.M);
+  T* const circle = reinterpret_cast<T*>(shared + warps * (t.N + t.M));
+  T* const window = circle + 2 * t.N;
+  Band* const bands = reinterpret_cast<Band*>(window + t.S);
+  for (int i = threadIdx.x; i < 2 * t.N; i += blockDim.x) circle[i] = T(t.circle[i]);
+  for (int i = threadIdx.x; i < t.S; i += blockDim.x) window[i] = T(t.window[i]);
+  find_bands(t, bands, warp, warps, lane);
+  __syncthreads();
+
+  for (int64_t f = int64_t(blockIdx.x) * warps + warp; f < F; f += int64_t(gridDim.x) * warps) {
+    const T* const frame = frames + f * t.S;
+    const auto x = [&](int i) { return frame[i]; };
+    const auto write = [&](int c, auto coefficient) { out[f * t.C + c] = T(coefficient); };
+    const bool trusted = cepstrum_of_warp<T>(t, window, circle, bands, reinterpret_cast<T*>(exact), x, write, lane);
+    if (sizeof(T) < sizeof(double) && !trusted)
+      cepstrum_of_warp<double>(t, t.window, t.circle, bands, exact, x, write, lane);
+  }
+}
+
+template <int N, bool kFull>
+void run_small(const Tensor& frames, const MfccView& t, const Tensor& out, intptr_t stream) {
+  const int64_t F = frames.size(0), tiles = (F + kWarp - 1) / kWarp;
+  const int tile = kWarp * row_pitch(t.S), tile_floats = (std::max(tile, kWarp * t.C) + 3) / 4 * 4;
+  const size_t bytes = kWarps * tile_floats * sizeof(float) + small_mfcc_bytes(N, t.M, kWarps);
+  const int64_t blocks = std::min<int64_t>((tiles + kWarps - 1) / kWarps, 4 * num_multiprocessors());
+  const auto kernel = mfcc_small<N, kFull>;
+  allow_shared("mfcc", kernel, bytes);
+  HUBERT_ECG_LAUNCH(kernel, static_cast<unsigned>(blocks), kWarps * kWarp, bytes, stream, frames.data<float>(), t,
+                    out.data<float>(), F, tile_floats);
+  check_cuda("mfcc", cudaGetLastError());
+}
+
+template <class T>
+void run_any(const Tensor& frames, const MfccView& t, const Tensor& out, intptr_t stream) {
+  const int64_t F = frames.size(0), each = (t.N + t.M) * int64_t(sizeof(double)), most = most_shared_bytes(),
+                tables = (2 * t.N + t.S + 1) * int64_t(sizeof(T)) + t.M * int64_t(sizeof(Band)),
+                warps = std::min<int64_t>(kWarps, (most - tables) / each);
+  HUBERT_ECG_CHECK(tables < most && warps > 0, "mfcc: frames must fit the shared memory of a block, ", most,
+                   " bytes, got ", frames, ", which take ", tables + each, "; compute them on the CPU");
+  const int64_t bytes = tables + warps * each,
+                blocks = std::min<int64_t>((F + warps - 1) / warps, 16 * num_multiprocessors());
+  const auto kernel = mfcc_any<T>;
+  allow_shared("mfcc", kernel, bytes);
+  HUBERT_ECG_LAUNCH(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
+                    static_cast<size_t>(bytes), stream, frames.data<T>(), t, out.data<T>(), F);
   check_cuda("mfcc", cudaGetLastError());
 }
 
 }  // namespace
 
 void mfcc_cuda(Tensor frames, Tensor window, Tensor circle, Tensor bank, Tensor dct, Tensor out, intptr_t stream) {
-  frames.is<double>() ? run<double>(frames, window, circle, bank, dct, out, stream)
-                      : run<float>(frames, window, circle, bank, dct, out, stream);
+  const bool in_double = frames.is<double>();
+  if (in_double)
+    check_mfcc<double>(frames, window, circle, bank, dct, out);
+  else
+    check_mfcc<float>(frames, window, circle, bank, dct, out);
+  if (frames.size(0) == 0) return;
+  const MfccView t = mfcc_view(window, circle, bank, dct);
+  // A thread has room for 16 coefficients and a block for the tables of 64 filters.
+  const bool small = !in_double && t.C <= kMostCepstra && t.M <= 64;
+  if (small && t.N == 64)
+    t.S == 64 ? run_small<64, true>(frames, t, out, stream) : run_small<64, false>(frames, t, out, stream);
+  else if (small && t.N == 32)
+    t.S == 32 ? run_small<32, true>(frames, t, out, stream) : run_small<32, false>(frames, t, out, stream);
+  else
+    in_double ? run_any<double>(frames, t, out, stream) : run_any<float>(frames, t, out, stream);
 }
 
 }  // namespace hubert_ecg

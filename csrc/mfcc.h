@@ -14,6 +14,13 @@ constexpr double kPreemphasis = 0.97;
 // Kaldi floors mel energies at the epsilon of float, whatever the type.
 constexpr double kEnergyFloor = 1.1920928955078125e-07;
 
+// A mel filter whose energy is below this share of the frame's has lost digits in a float32 transform, whose every bin
+// is off by about FLT_EPSILON of the whole: coefficients then miss Kaldi's by more than 1e-3. Such a frame, as smooth
+// as an ECG often is, is computed again in float64.
+constexpr double kTrusted = 5e-6;
+// Above this energy, squares overflow in float32.
+constexpr double kMostEnergy = 1e30;
+
 template <class T>
 bool is_matrix(const Tensor& x, int64_t rows, int64_t columns) {
   return x.is<T>() && x.contiguous() && x.ndim() == 2 && x.size(0) == rows && x.size(1) == columns;

@@ -1,141 +1,79 @@
 #include <algorithm>
-#include <cfloat>
 
-#include "launch.h"
-#include "time_freq.h"
+#include "time_freq.cuh"
 
 namespace hubert_ecg {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kSharedBytes = 48 << 10;
+constexpr int kWarps = 4;
 
-template <class T>
-__device__ T warp_sum(T v) {
-  for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-
-template <class T>
-__device__ T warp_max(T v) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const T other = __shfl_xor_sync(0xffffffffu, v, step);
-    v = other > v ? other : v;
+// 32 frames to a warp at a time, each in the registers of one lane.
+// Shared memory: for each warp a tile of 32 frames, where their features lie in the end.
+template <int N>
+__global__ void __launch_bounds__(kWarps* kWarp, 4) time_freq_small(const float* frames, float* out, int64_t F) {
+  constexpr int kPitch = N + 4;
+  HUBERT_ECG_SHARED(float, shared);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float* const tile = shared + warp * kWarp * kPitch;
+  const int64_t step = int64_t(gridDim.x) * kWarps * kWarp;
+  for (int64_t first = (int64_t(blockIdx.x) * kWarps + warp) * kWarp; first < F; first += step) {
+    const int count = int(F - first < kWarp ? F - first : kWarp);
+    copy_rows(frames + first * N, count, N, tile, kPitch, lane);
+    copy_wait();
+    __syncwarp();
+    float x[N], feature[kTimeFreqFeatures];
+    load_row<N, true>(tile + lane * kPitch, N, x);
+    time_freq_of_thread<N>(x, feature);
+    __syncwarp();
+#pragma unroll
+    for (int d = 0; d < kTimeFreqFeatures; ++d) tile[lane * (kTimeFreqFeatures + 1) + d] = feature[d];
+    __syncwarp();
+    float* const to = out + first * kTimeFreqFeatures;
+    for (int at = lane; at < count * kTimeFreqFeatures; at += kWarp)
+      to[at] = tile[at / kTimeFreqFeatures * (kTimeFreqFeatures + 1) + at % kTimeFreqFeatures];
+    __syncwarp();
   }
-  return v;
 }
 
-// One warp to a frame; blockDim.x / 32 frames to a block at a time. The spectrum is a sum per bin: S is small.
-// Shared memory holds, for each frame, the frame less its mean [S] and the power of bins 0 .. S / 2.
+// A frame to a warp, of any length. Shared memory: circle [S, 2], and for each warp 2 S numbers.
 template <class T>
-__global__ void time_freq_kernel(const T* frames, const T* circle, T* out, int64_t F, int S) {
+__global__ void time_freq_any(const T* frames, const T* circle, T* out, int64_t F, int S) {
   HUBERT_ECG_SHARED(T, shared);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, bins = S / 2 + 1;
-  T* const y = shared + warp * (S + bins);
-  T* const power = y + S;
-  const T n = T(S);
-
-  for (int64_t first = int64_t(blockIdx.x) * warps; first < F; first += int64_t(gridDim.x) * warps) {
-    // Every thread takes every barrier: warps beyond the last frame compute it once more and write nothing.
-    const bool inside = first + warp < F;
-    const T* const x = frames + (inside ? first + warp : F - 1) * S;
-
-    // The first sample is taken off before the mean is formed, so that a constant frame has no variance at any level.
-    const T base = x[0];
-    T low = base, high = base, sum = 0, squares = 0, not_finite = 0;
-    for (int i = lane; i < S; i += kWarp) {
-      const T v = x[i];
-      low = v < low ? v : low;
-      high = v > high ? v : high;
-      sum += v - base;
-      squares += v * v;
-      not_finite += v - v;
-    }
-    low = -warp_max(-low);
-    high = warp_max(high);
-    not_finite = warp_sum(not_finite);
-    const T offset = warp_sum(sum) / n, mean_square = warp_sum(squares) / n, mean = base + offset;
-    // In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
-    const T above = high - base - offset, below = offset - (low - base), farthest = above > below ? above : below;
-    const T smallest = sizeof(T) == sizeof(float) ? T(FLT_MIN) : T(DBL_MIN);
-    const T scale = farthest >= smallest ? T(1) / farthest : T(1);
-    T second = 0, third = 0, fourth = 0;
-    for (int i = lane; i < S; i += kWarp) {
-      y[i] = (x[i] - base) - offset;
-      const T v = y[i] * scale, v2 = v * v;
-      second += v2;
-      third += v2 * v;
-      fourth += v2 * v2;
-    }
-    const T scaled_variance = warp_sum(second) / n, scaled_deviation = sqrt(scaled_variance),
-            deviation = scaled_deviation / scale;
-    third = warp_sum(third) / n;
-    fourth = warp_sum(fourth) / n;
-    __syncthreads();
-
-    // Bins 0 and S / 2 stand alone; every other bin has a mirror image of the same power.
-    T top = 0, total = 0;
-    for (int k = lane; k < bins; k += kWarp) {
-      T re = 0, im = 0;
-      for (int i = 0, angle = 0; i < S; ++i) {
-        re += y[i] * circle[2 * angle];
-        im += y[i] * circle[2 * angle + 1];
-        angle += k;
-        angle = angle >= S ? angle - S : angle;
-      }
-      const T p = k ? (re * re + im * im) / n : n * mean * mean;
-      power[k] = p;
-      top = p > top ? p : top;
-      total += k == 0 || 2 * k == S ? p : 2 * p;
-    }
-    top = warp_max(top);
-    total = warp_sum(total);
-    __syncthreads();
-    T spread = 0;
-    for (int k = lane; k < bins; k += kWarp) {
-      const T off = power[k] - total / n;
-      spread += (k == 0 || 2 * k == S ? T(1) : T(2)) * off * off;
-    }
-    spread = warp_sum(spread) / n;
-
-    if (lane == 0 && inside) {
-      const T rms = sqrt(mean_square), peak = high > -low ? high : -low;
-      const bool flat = deviation <= kFlat<T> * peak;
-      const T features[kTimeFreqFeatures] = {low,
-                                             high,
-                                             mean,
-                                             rms,
-                                             deviation * deviation,
-                                             deviation,
-                                             mean_square,
-                                             peak,
-                                             high - low,
-                                             peak / (rms + T(kCrestEpsilon)),
-                                             flat ? T(0) : third / (scaled_variance * scaled_deviation),
-                                             flat ? T(0) : fourth / (scaled_variance * scaled_variance) - T(3),
-                                             top,
-                                             total,
-                                             total / n,
-                                             spread};
-      for (int d = 0; d < kTimeFreqFeatures; ++d)
-        out[(first + warp) * kTimeFreqFeatures + d] = features[d] + not_finite;
-    }
-    __syncthreads();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  T* const near = shared + warps * 2 * S;
+  for (int i = threadIdx.x; i < 2 * S; i += blockDim.x) near[i] = circle[i];
+  __syncthreads();
+  for (int64_t f = int64_t(blockIdx.x) * warps + warp; f < F; f += int64_t(gridDim.x) * warps) {
+    const T* const frame = frames + f * S;
+    T feature[kTimeFreqFeatures];
+    time_freq_of_warp<T>(S, near, shared + warp * 2 * S, [&](int i) { return frame[i]; }, feature, lane);
+#pragma unroll
+    for (int d = 0; d < kTimeFreqFeatures; ++d)
+      if (lane == d) out[f * kTimeFreqFeatures + d] = feature[d];
   }
 }
 
+template <int N>
+void run_small(const Tensor& frames, const Tensor& out, intptr_t stream) {
+  const int64_t F = frames.size(0), each = kWarps * kWarp;
+  const int64_t blocks = std::min<int64_t>((F + each - 1) / each, 4 * num_multiprocessors());
+  HUBERT_ECG_LAUNCH(time_freq_small<N>, static_cast<unsigned>(blocks), kWarps * kWarp,
+                    kWarps * kWarp * (N + 4) * sizeof(float), stream, frames.data<float>(), out.data<float>(), F);
+  check_cuda("time_freq", cudaGetLastError());
+}
+
 template <class T>
-void run(const Tensor& frames, const Tensor& circle, const Tensor& out, intptr_t stream) {
-  check_time_freq<T>(frames, circle, out);
-  const int64_t F = frames.size(0), S = frames.size(1);
-  if (F == 0) return;
-  const int64_t bytes = (S + S / 2 + 1) * static_cast<int64_t>(sizeof(T)),
-                warps = std::min<int64_t>(4, kSharedBytes / bytes);
-  HUBERT_ECG_CHECK(warps > 0, "time_freq: frames must fit the shared memory of a block, ", kSharedBytes, " bytes, got ",
-                   frames, ", which take ", bytes, "; compute them on the CPU");
-  const int64_t blocks = std::min<int64_t>((F + warps - 1) / warps, 1 << 16);
-  HUBERT_ECG_LAUNCH(time_freq_kernel<T>, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
-                    static_cast<unsigned>(warps * bytes), stream, frames.data<T>(), circle.data<T>(), out.data<T>(), F,
+void run_any(const Tensor& frames, const Tensor& circle, const Tensor& out, intptr_t stream) {
+  const int64_t F = frames.size(0), S = frames.size(1), each = 2 * S * int64_t(sizeof(T)), most = most_shared_bytes(),
+                warps = std::min<int64_t>(kWarps, most / each - 1);
+  HUBERT_ECG_CHECK(warps > 0, "time_freq: frames must fit the shared memory of a block, ", most, " bytes, got ", frames,
+                   ", which take ", 2 * each, "; compute them on the CPU");
+  const int64_t bytes = (warps + 1) * each,
+                blocks = std::min<int64_t>((F + warps - 1) / warps, 16 * num_multiprocessors());
+  const auto kernel = time_freq_any<T>;
+  allow_shared("time_freq", kernel, bytes);
+  HUBERT_ECG_LAUNCH(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp),
+                    static_cast<size_t>(bytes), stream, frames.data<T>(), circle.data<T>(), out.data<T>(), F,
                     static_cast<int>(S));
   check_cuda("time_freq", cudaGetLastError());
 }
@@ -143,7 +81,17 @@ void run(const Tensor& frames, const Tensor& circle, const Tensor& out, intptr_t
 }  // namespace
 
 void time_freq_cuda(Tensor frames, Tensor circle, Tensor out, intptr_t stream) {
-  frames.is<double>() ? run<double>(frames, circle, out, stream) : run<float>(frames, circle, out, stream);
+  const bool in_double = frames.is<double>();
+  in_double ? check_time_freq<double>(frames, circle, out) : check_time_freq<float>(frames, circle, out);
+  if (frames.size(0) == 0) return;
+  if (in_double)
+    run_any<double>(frames, circle, out, stream);
+  else if (frames.size(1) == 64)
+    run_small<64>(frames, out, stream);
+  else if (frames.size(1) == 32)
+    run_small<32>(frames, out, stream);
+  else
+    run_any<float>(frames, circle, out, stream);
 }
 
 }  // namespace hubert_ecg

@@ -34,13 +34,38 @@
 #define blockDim (::hubert_ecg::host::block().dim)
 #define gridDim (::hubert_ecg::host::block().grid)
 #define HUBERT_ECG_SHARED(T, name) T* const name = reinterpret_cast<T*>(::hubert_ecg::host::block().shared)
-#define HUBERT_ECG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::hubert_ecg::host::launch(grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
+#define HUBERT_ECG_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
+  ::hubert_ecg::host::launch(reinterpret_cast<void*>(kernel), grid, block, shared_bytes, [&] {  \
+    kernel(__VA_ARGS__);                                                                        \
+  })
+#define __ballot_sync(mask, predicate) ::hubert_ecg::host::ballot(mask, predicate)
+#define __pipeline_memcpy_async(to, from, bytes) ::hubert_ecg::host::block().copy_later(to, from, bytes)
+#define __pipeline_commit() ::hubert_ecg::host::block().commit_copies()
+#define __pipeline_wait_prior(batches) ::hubert_ecg::host::block().finish_copies(batches)
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
+inline unsigned __brev(unsigned bits) {
+  unsigned reversed = 0;
+  for (int bit = 0; bit < 32; ++bit) reversed |= (bits >> bit & 1) << (31 - bit);
+  return reversed;
+}
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
@@ -50,11 +75,20 @@ namespace host {
 
 inline cudaError_t last_error = cudaSuccess;
 
+// An asynchronous copy arrives as late as it may: when its thread waits for it.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   dim3 thread;
   int number;
   bool done;
+  std::vector<Copy> open;                  // not committed yet
+  std::vector<std::vector<Copy>> batches;  // committed, not waited for
 };
 
 // Threads that meet: those of a block (warp -1), or those of a warp that a mask names.
@@ -95,6 +129,26 @@ struct Block {
     progress = true;
   }
 
+  void copy_later(void* to, const void* from, size_t bytes) {
+    if (bytes != 4 && bytes != 8 && bytes != 16) fail("an asynchronous copy is not of 4, 8 or 16 bytes");
+    if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+      fail("an asynchronous copy is not aligned to its size");
+    fiber->open.push_back({to, from, bytes});
+  }
+
+  void commit_copies() {
+    fiber->batches.emplace_back();
+    fiber->batches.back().swap(fiber->open);
+  }
+
+  void finish_copies(size_t but) {
+    std::vector<std::vector<Copy>>& batches = fiber->batches;
+    while (batches.size() > but) {
+      for (const Copy& copy : batches.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+      batches.erase(batches.begin());
+    }
+  }
+
   void sync_warp(uint64_t mask) {
     if (!(mask >> (fiber->number % 32) & 1)) fail("a thread calls a warp function whose mask leaves it out");
     wait(fiber->number / 32, mask);
@@ -129,6 +183,24 @@ T shuffle_along(uint64_t mask, T value, int by) {
   return shuffle(mask, value, from < 0 || from > 31 ? lane() : from);
 }
 
+inline unsigned ballot(uint64_t mask, bool predicate) {
+  Block& b = block();
+  b.slots[b.fiber->number] = predicate;
+  b.sync_warp(mask);
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) votes |= unsigned(b.slots[b.fiber->number / 32 * 32 + lane] & 1) << lane;
+  b.sync_warp(mask);
+  return votes;
+}
+
+// Dynamic shared memory that kernels have asked for beyond 48 KiB.
+inline std::map<void*, size_t>& allowed_shared() {
+  static std::map<void*, size_t> bytes;
+  return bytes;
+}
+constexpr size_t kMostShared = 227 << 10;
+
 template <class Kernel>
 struct Entry {
   static const Kernel* kernel;
@@ -143,10 +215,11 @@ template <class Kernel>
 const Kernel* Entry<Kernel>::kernel;
 
 template <class Kernel>
-void launch(dim3 grid, dim3 dim, size_t shared_bytes, const Kernel& kernel) {
+void launch(void* function, dim3 grid, dim3 dim, size_t shared_bytes, const Kernel& kernel) {
   constexpr size_t kStack = 256 << 10;
+  const size_t allowed = std::max<size_t>(48 << 10, allowed_shared()[function]);
   const size_t threads = size_t(dim.x) * dim.y * dim.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || shared_bytes > (48 << 10)) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || shared_bytes > allowed) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -172,6 +245,8 @@ void launch(dim3 grid, dim3 dim, size_t shared_bytes, const Kernel& kernel) {
       fiber.thread = dim3(t % dim.x, t / dim.x % dim.y, t / dim.x / dim.y);
       fiber.number = int(t);
       fiber.done = false;
+      fiber.open.clear();
+      fiber.batches.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = stacks.get() + t * kStack;
       fiber.context.uc_stack.ss_size = kStack;
@@ -206,6 +281,16 @@ inline void check_cuda(const char* op, cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": invalid configuration argument");
 }
 
+// Few, so that blocks go round more than once.
+inline int num_multiprocessors() { return 2; }
+inline int most_shared_bytes() { return host::kMostShared; }
+
+template <class Kernel>
+void allow_shared(const char* op, Kernel* kernel, size_t bytes) {
+  if (bytes > host::kMostShared) check_cuda(op, cudaErrorInvalidConfiguration);
+  host::allowed_shared()[reinterpret_cast<void*>(kernel)] = bytes;
+}
+
 }  // namespace hubert_ecg
 
 // Threads take turns at barriers only, so that any read and write between them is atomic.
@@ -215,3 +300,5 @@ T atomicAdd(T* at, T value) {
   *at = old + value;
   return old;
 }
+
+#include "numbers_on_host.h"
