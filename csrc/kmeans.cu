@@ -1,12 +1,12 @@
+#include <algorithm>
 #include <cfloat>
 
 #include "kmeans.h"
-#include "launch.h"
+#include "nearest.cuh"
 
 namespace hubert_ecg {
 namespace {
 
-constexpr int kPoints = 128;    // points of a block, one to a thread
 constexpr int kCentroids = 32;  // centroids whose distances a thread holds in registers
 constexpr int kDims = 16;       // dimensions in shared memory at a time
 
@@ -29,7 +29,8 @@ __device__ int64_t nearest(const T* x, const T* centroids, int64_t num_k, int64_
   return arg;
 }
 
-// Distances in T; a float32 point whose two lowest distances lie within their rounding error is looked at in float64.
+// Without tensor cores: a point to a thread, distances in T; a float32 point whose two lowest distances lie within
+// their rounding error is looked at in float64.
 template <class T>
 __global__ void assign(const T* x, const T* centroids, int64_t* labels, int64_t n, int64_t num_k, int64_t dim) {
   // One column more than there are, so that the threads of a warp read different banks.
@@ -86,27 +87,92 @@ __global__ void assign(const T* x, const T* centroids, int64_t* labels, int64_t 
   labels[i] = arg;
 }
 
-// One chunk of the points to a block, one column of x to a thread: nothing is shared, so nothing depends on the order.
+// Labels of float32 points, 128 to a block at a time (nearest.cuh). Two blocks to a multiprocessor: one splits numbers
+// while the other multiplies.
+constexpr int kGroups = 2;
+using Memory = NearestMemory<kGroups>;
+
+__global__ void __launch_bounds__(Memory::kThreads, 2)
+    assign_split(const float* x, const float* centroids, int64_t* labels, int64_t n, int num_k, int dim) {
+  HUBERT_ECG_SHARED(unsigned char, shared);
+  const Memory mem(shared);
+  find_shift(centroids, num_k, dim, mem.shift);
+  __syncthreads();
+  bool fresh = true;
+  for (int64_t first = int64_t(blockIdx.x) * kPoints; first < n; first += int64_t(gridDim.x) * kPoints) {
+    const int rows = int(n - first < kPoints ? n - first : kPoints);
+    nearest_of_block(mem, x + first * dim, rows, centroids, num_k, dim, fresh,
+                     [&](int row, int k) { labels[first + row] = k; });
+    fresh = false;
+  }
+}
+
+// Adds columns [0, columns) of x [rows, dim] to the sums of their clusters: warp w those of the clusters w, w + warps,
+// ..., in order, so that nothing is shared and nothing depends on which warp is faster. label(row): -1 for none.
+template <class T, class Label>
+__device__ void add_rows(const T* x, int64_t dim, int rows, int columns, const Label& label, double* sums,
+                         int64_t pitch, int64_t* counts) {
+  constexpr int kAhead = 4;  // rows that are read before the first is added
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int first = 0; first < rows; first += 32) {
+    const int64_t mine = first + lane < rows ? label(first + lane) : -1;
+    unsigned left = __ballot_sync(0xffffffffu, mine >= 0 && mine % warps == warp);
+    while (left) {
+      int row[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        row[i] = left ? __ffs(left) - 1 : -1;
+        left &= left - 1;
+      }
+      int64_t k[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) k[i] = __shfl_sync(0xffffffffu, mine, row[i] < 0 ? 0 : row[i]);
+      for (int d = lane; d < columns; d += 32) {
+        T v[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) v[i] = row[i] < 0 ? T(0) : x[(first + row[i]) * dim + d];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+          if (row[i] >= 0) sums[k[i] * pitch + d] += double(v[i]);
+      }
+      if (counts && lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+          if (row[i] >= 0) ++counts[k[i]];
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// A chunk of the points and a slab of the columns to a block: partial [chunk][K][dim]. The sums are kept in shared
+// memory where they fit.
 template <class T>
 __global__ void add(const T* x, const int64_t* labels, double* sums, int64_t* counts, int64_t n, int64_t num_k,
-                    int64_t dim, int64_t chunk) {
-  double* const sum = sums + blockIdx.x * num_k * dim;
-  int64_t* const count = counts + blockIdx.x * num_k;
-  const int64_t first = int64_t(blockIdx.x) * chunk, last = first + chunk < n ? first + chunk : n;
-  for (int64_t d = threadIdx.x; d < dim; d += blockDim.x) {
-    for (int64_t k = 0; k < num_k; ++k) sum[k * dim + d] = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t k = labels[i];
-      if (k >= 0 && k < num_k) sum[k * dim + d] += double(x[i * dim + d]);
-    }
+                    int64_t dim, int64_t chunk, int slab, bool near) {
+  HUBERT_ECG_SHARED(double, shared);
+  const int64_t from = int64_t(blockIdx.y) * slab;
+  const int columns = int(dim - from < slab ? dim - from : slab);
+  double* const out = sums + int64_t(blockIdx.x) * num_k * dim + from;
+  double* const sum = near ? shared : out;
+  const int64_t pitch = near ? columns : dim;
+  int64_t* const count = blockIdx.y == 0 ? counts + blockIdx.x * num_k : nullptr;
+  for (int64_t j = threadIdx.x; j < num_k * columns; j += blockDim.x) sum[j / columns * pitch + j % columns] = 0;
+  if (count)
+    for (int64_t k = threadIdx.x; k < num_k; k += blockDim.x) count[k] = 0;
+  __syncthreads();
+  const int64_t begin = int64_t(blockIdx.x) * chunk, end = begin + chunk < n ? begin + chunk : n;
+  for (int64_t first = begin; first < end; first += kPoints) {
+    const int rows = int(end - first < kPoints ? end - first : kPoints);
+    const auto label = [&](int row) {
+      const int64_t k = labels[first + row];
+      return k < num_k ? k : int64_t(-1);
+    };
+    add_rows(x + first * dim + from, dim, rows, columns, label, sum, pitch, count);
   }
-  if (threadIdx.x == blockDim.x - 1) {
-    for (int64_t k = 0; k < num_k; ++k) count[k] = 0;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t k = labels[i];
-      if (k >= 0 && k < num_k) ++count[k];
-    }
-  }
+  if (!near) return;
+  __syncthreads();
+  for (int64_t j = threadIdx.x; j < num_k * columns; j += blockDim.x) out[j / columns * dim + j % columns] = sum[j];
 }
 
 // out[j] = partial[0][j] + partial[1][j] + ...
@@ -123,6 +189,18 @@ template <class T>
 void run_assign(Tensor x, Tensor centroids, Tensor labels, intptr_t stream) {
   const int64_t n = x.size(0);
   if (n == 0) return;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (x.size(1) > 0 && x.size(1) <= kMostDim && centroids.size(0) < (int64_t(1) << 30)) {
+      const int dim = int(x.size(1));
+      const int64_t blocks = std::min<int64_t>((n + kPoints - 1) / kPoints, 2 * num_multiprocessors());
+      allow_shared("kmeans_assign", assign_split, Memory::bytes(dim));
+      HUBERT_ECG_LAUNCH(assign_split, static_cast<unsigned>(blocks), Memory::kThreads, Memory::bytes(dim), stream,
+                        x.data<float>(), centroids.data<float>(), labels.data<int64_t>(), n, int(centroids.size(0)),
+                        dim);
+      check_cuda("kmeans_assign", cudaGetLastError());
+      return;
+    }
+  }
   const size_t bytes = (kPoints * (kDims + 1) + kDims * kCentroids) * sizeof(T);
   HUBERT_ECG_LAUNCH(assign<T>, (n + kPoints - 1) / kPoints, kPoints, bytes, stream, x.data<T>(), centroids.data<T>(),
                     labels.data<int64_t>(), n, centroids.size(0), x.size(1));
@@ -134,9 +212,18 @@ void run_accumulate(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor 
                     intptr_t stream) {
   const int64_t n = x.size(0), dim = x.size(1), num_k = sums.size(0), num_chunks = partial_sums.size(0);
   const int64_t chunk = (n + num_chunks - 1) / num_chunks;
-  const int threads = int(dim < 256 ? (dim + 31) / 32 * 32 + 32 : 256);
-  HUBERT_ECG_LAUNCH(add<T>, num_chunks, threads, 0, stream, x.data<T>(), labels.data<int64_t>(),
-                    partial_sums.data<double>(), partial_counts.data<int64_t>(), n, num_k, dim, chunk);
+  constexpr int kThreads = 256, kMostSlab = 64;
+  const int slab = int(std::clamp<int64_t>(dim, 1, kMostSlab));
+  const int64_t bytes = num_k * slab * int64_t(sizeof(double));
+  // Half of a multiprocessor's, so that two blocks share it.
+  const bool near = bytes <= most_shared_bytes() / 2;
+  const dim3 grid(static_cast<unsigned>(num_chunks),
+                  static_cast<unsigned>(std::max<int64_t>(1, (dim + slab - 1) / slab)));
+  const auto kernel = add<T>;
+  if (near) allow_shared("kmeans_accumulate", kernel, bytes);
+  HUBERT_ECG_LAUNCH(kernel, grid, kThreads, near ? static_cast<size_t>(bytes) : 0, stream, x.data<T>(),
+                    labels.data<int64_t>(), partial_sums.data<double>(), partial_counts.data<int64_t>(), n, num_k, dim,
+                    chunk, slab, near);
   check_cuda("kmeans_accumulate", cudaGetLastError());
   if (num_k * dim > 0) {
     HUBERT_ECG_LAUNCH(add_up<double>, (num_k * dim + 255) / 256, 256, 0, stream, partial_sums.data<double>(),

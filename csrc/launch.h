@@ -17,7 +17,7 @@
 // Dynamic shared memory as an array of T. The raw array has one name and one type in every kernel, as the language
 // wants.
 #define HUBERT_ECG_SHARED(T, name)                            \
-  extern __shared__ __align__(16) unsigned char shared_raw[]; \
+  extern __shared__ __align__(32) unsigned char shared_raw[]; \
   T* const name = reinterpret_cast<T*>(shared_raw)
 
 namespace hubert_ecg {

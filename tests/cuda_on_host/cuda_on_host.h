@@ -231,7 +231,9 @@ void launch(void* function, dim3 grid, dim3 dim, size_t shared_bytes, const Kern
   for (uint64_t at = 0; at < uint64_t(grid.x) * grid.y * grid.z; ++at) {
     Block b;
     // Of the exact size, so that a sanitizer sees an access beyond it.
-    const std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes]);
+    void* raw = nullptr;
+    if (posix_memalign(&raw, 32, shared_bytes)) throw std::bad_alloc();
+    const std::unique_ptr<unsigned char, void (*)(void*)> shared(static_cast<unsigned char*>(raw), std::free);
     std::memset(shared.get(), 0xff, shared_bytes);
     b.shared = shared.get();
     b.grid = grid;
