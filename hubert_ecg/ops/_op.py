@@ -144,7 +144,7 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
                 array = given[place] if by_place else kwargs.get(name)
                 if array is None:
                     continue
-                kind = kind or _kind(array)
+                kind = kind or kind_of(array)
                 if isinstance(array, torch.Tensor):
                     continue
                 tensor = to_tensor(array, f"{function.__name__}: {name}")
@@ -153,7 +153,7 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
                 else:
                     kwargs[name] = tensor
             result = function(*given, **kwargs)
-            return result if kind in (None, "torch") else _give_back(result, kind)
+            return result if kind in (None, "torch") else give_back(result, kind)
 
         return public
 
@@ -172,7 +172,7 @@ def as_floating(what: str, x: torch.Tensor, min_samples: int = 0) -> torch.Tenso
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _kind(array: Any) -> str:
+def kind_of(array: Any) -> str:
     if isinstance(array, torch.Tensor):
         return "torch"
     return "numpy" if isinstance(array, np.ndarray) else type(array).__module__.split(".", 1)[0]
@@ -206,9 +206,9 @@ class _Writeable:
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
-def _give_back(result: Any, kind: str) -> Any:
+def give_back(result: Any, kind: str) -> Any:
     if isinstance(result, tuple):
-        return tuple(_give_back(part, kind) for part in result)
+        return tuple(give_back(part, kind) for part in result)
     if not isinstance(result, torch.Tensor):
         return result
     return result.numpy() if kind == "numpy" else sys.modules[kind].from_dlpack(result)
