@@ -1,8 +1,11 @@
-"""Statistics of the frames of 1,000 records: ours, and the reference in plain torch."""
+"""Statistics of the frames of 1,000 records: ours, NumPy and SciPy over all frames at once, and plain torch."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.fft
+import scipy.stats
 import torch
 
 from hubert_ecg import ops
@@ -12,19 +15,33 @@ from hubert_ecg.testing import assert_close
 NUM_RECORDS, NUM_TOKENS = 1000, 93
 
 
+def by_scipy(x: np.ndarray) -> np.ndarray:
+    """The sixteen statistics of each row, as one writes them in NumPy and SciPy, in the dtype of ``x``."""
+    n = x.shape[-1]
+    half = scipy.fft.rfft(x)
+    half = (half.real**2 + half.imag**2) / n
+    spectrum = np.concatenate([half, half[:, 1 : (n + 1) // 2]], -1)  # the mirror images, in any order
+    low, high, mean, variance, power = x.min(-1), x.max(-1), x.mean(-1), x.var(-1), np.mean(x * x, -1)
+    rms, peak = np.sqrt(power), np.maximum(high, -low)
+    columns = [low, high, mean, rms, variance, np.sqrt(variance), power, peak, high - low, peak / (rms + 1e-9)]
+    columns += [scipy.stats.skew(x, axis=-1), scipy.stats.kurtosis(x, axis=-1)]
+    columns += [spectrum.max(-1), spectrum.sum(-1), spectrum.mean(-1), spectrum.var(-1)]
+    return np.stack(columns, -1)
+
+
 @pytest.mark.benchmark(group="time_freq")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("num_samples", [64, 32, 322], ids=lambda s: f"S{s}")
 def test_time_freq(race, num_samples, dtype):
     random = torch.Generator().manual_seed(0)
     frames = torch.randn(NUM_RECORDS * NUM_TOKENS, num_samples, generator=random).to(dtype)
-    reference = OPS["time_freq"].reference
+    reference, few = OPS["time_freq"].reference, frames[:500]
     rtol, atol = OPS["time_freq"].tolerance[dtype]
-    assert_close(ops.time_freq(frames[:500]), reference(frames[:500].double()), rtol=rtol, atol=atol, name="ours")
-    race(
-        lambda: ops.time_freq(frames),
-        {"torch, reference": lambda: reference(frames)},
-        "records",
-        NUM_RECORDS,
-        rounds=5 if num_samples <= 64 else 3,
-    )
+    exact = torch.from_numpy(by_scipy(few.double().numpy()))
+    assert_close(ops.time_freq(few), exact, rtol=rtol, atol=atol, name="ours")
+    assert_close(torch.from_numpy(by_scipy(few.numpy())), exact, rtol=10 * rtol, atol=10 * atol, name="SciPy")
+    peers = {
+        "NumPy and SciPy, all frames at once": lambda: by_scipy(frames.numpy()),
+        "torch, reference": lambda: reference(frames),
+    }
+    race(lambda: ops.time_freq(frames), peers, "records", NUM_RECORDS, rounds=5 if num_samples <= 64 else 3)

@@ -37,7 +37,7 @@ void split_frames(int64_t num_frames, int64_t scratch_bytes, const Work& work) {
 
 // The Fourier transform of n = leaf * 2^stages real samples: transforms of `leaf` samples, then joined four by four
 // (decimation in time, radix 4; once two by two where the number of stages is odd). The leaf is 16 or less where n is a
-// power of two, else the odd factor of n, as sums. frames_simd.h runs it.
+// power of two, else the odd factor of n, as sums, of two factors where it has them. frames_simd.h runs it.
 struct RealFft {
   explicit RealFft(int64_t length) : n(length), leaf(length) {
     int stages = 0;
@@ -48,6 +48,8 @@ struct RealFft {
       stages -= kept;
     }
     halves = stages % 2;
+    for (int64_t factor = 3; leaf % 2 && factor * factor <= leaf && factor <= kMostRadix; factor += 2)
+      if (leaf % factor == 0) radix = factor;
     for (int64_t block = 0; block < n / leaf; ++block) {
       int64_t reversed = 0;
       for (int bit = 0; bit < stages; ++bit) reversed |= (block >> bit & 1) << (stages - 1 - bit);
@@ -55,7 +57,8 @@ struct RealFft {
     }
   }
 
-  int64_t n, leaf;
+  static constexpr int64_t kMostRadix = 31;
+  int64_t n, leaf, radix = 1;
   bool halves;
   std::vector<int64_t> first;  // the first sample of each leaf; the others follow every n / leaf
 };

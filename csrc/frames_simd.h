@@ -201,6 +201,40 @@ HUBERT_ECG_INLINE void fft_odd(V<T>* x, int64_t step, int64_t m, V<T>* X, const 
   }
 }
 
+// The transform of odd length m = radix * q of x[0], x[step], ...: transforms of length q, joined `radix` at a time.
+template <class T>
+HUBERT_ECG_INLINE void fft_odd_factors(V<T>* x, int64_t step, int64_t m, int64_t radix, V<T>* X, const T* circle,
+                                       int64_t turn) {
+  if (radix == 1) return fft_odd<T>(x, step, m, X, circle, turn);
+  const int64_t q = m / radix;
+  V<T> re[RealFft::kMostRadix], im[RealFft::kMostRadix], A[RealFft::kMostRadix], B[RealFft::kMostRadix];
+  for (int64_t j = 0; j < radix; ++j) fft_odd<T>(x + j * step, radix * step, q, X + j * q, circle, turn * radix);
+  for (int64_t j = 0; j < radix; ++j) re[j] = X[j * q];
+  fft_odd<T>(re, 1, radix, A, circle, turn * q);
+  for (int64_t j = 0; j < radix; ++j) X[j * q] = A[j];
+  for (int64_t k = 1; 2 * k < q; ++k) {
+    for (int64_t j = 0; j < radix; ++j) {
+      const T c = circle[2 * j * k * turn], s = circle[2 * j * k * turn + 1];
+      const V<T> r = X[j * q + k], i = X[j * q + q - k];
+      re[j] = c * r + s * i;
+      im[j] = c * i - s * r;
+    }
+    // The transform of complex numbers is that of their real parts and i times that of their imaginary parts.
+    fft_odd<T>(re, 1, radix, A, circle, turn * q);
+    fft_odd<T>(im, 1, radix, B, circle, turn * q);
+    X[k] = A[0];
+    X[m - k] = B[0];
+    for (int64_t r = 1; 2 * r < radix; ++r) {
+      const V<T> ar = A[r], ai = A[radix - r], br = B[r], bi = B[radix - r];
+      X[r * q + k] = ar - bi;
+      X[m - r * q - k] = ai + br;
+      // Bin (radix - r) q + k is the mirror image of bin r q - k.
+      X[r * q - k] = ar + bi;
+      X[m - r * q + k] = ai - br;
+    }
+  }
+}
+
 // Two transforms of length `half`, of the even and the odd samples, to one of twice the length.
 template <class T>
 HUBERT_ECG_INLINE void fft_join(V<T>* X, int64_t half, const T* circle, int64_t turn) {
@@ -292,7 +326,7 @@ HUBERT_ECG_INLINE void real_fft(const RealFft& fft, V<T>* x, V<T>* X, const T* c
     : leaf == 4 ? fft_leaf<T, 4>(from, step, to, circle, step)
     : leaf == 2 ? fft_leaf<T, 2>(from, step, to, circle, step)
     : leaf == 1 ? fft_leaf<T, 1>(from, step, to, circle, step)
-                : fft_odd<T>(from, step, leaf, to, circle, step);
+                : fft_odd_factors<T>(from, step, leaf, fft.radix, to, circle, step);
   }
   int64_t length = leaf;
   if (fft.halves)

@@ -9,6 +9,15 @@ HUBERT_ECG_INLINE V<T> square_root(V<T> x) {
   return x;
 }
 
+template <class T>
+HUBERT_ECG_INLINE void add_powers(V<T> offset, V<T> scale, V<T>& x, V<T>& second, V<T>& third, V<T>& fourth) {
+  x -= offset;
+  const V<T> v = x * scale, v2 = v * v;
+  second += v2;
+  third += v2 * v;
+  fourth += v2 * v2;
+}
+
 // Features 0 to 11; leaves the frame less its mean in x. The first sample is taken off before the mean is formed, so
 // that a constant frame has no variance at any level.
 template <class T>
@@ -29,15 +38,14 @@ HUBERT_ECG_INLINE void moments(int64_t S, V<T>* x, V<T>* feature) {
   // In units of the farthest sample's distance, powers up to the fourth neither vanish nor overflow.
   const V<T> above = high - base - offset, below = offset - (low - base), farthest = above > below ? above : below;
   const V<T> scale = farthest >= std::numeric_limits<T>::min() ? T(1) / farthest : V<T>{} + T(1);
-  // Four sums of each: one would round off every small sample against a spike.
+  // Four sums of each: one would round off every small sample against a spike, and wait for itself.
   V<T> seconds[4] = {}, thirds[4] = {}, fourths[4] = {};
-  for (int64_t i = 0; i < S; ++i) {
-    x[i] -= offset;
-    const V<T> v = x[i] * scale, v2 = v * v;
-    seconds[i % 4] += v2;
-    thirds[i % 4] += v2 * v;
-    fourths[i % 4] += v2 * v2;
+  int64_t i = 0;
+  for (; i + 4 <= S; i += 4) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) add_powers<T>(offset, scale, x[i + r], seconds[r], thirds[r], fourths[r]);
   }
+  for (; i < S; ++i) add_powers<T>(offset, scale, x[i], seconds[0], thirds[0], fourths[0]);
   const V<T> second = (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]),
              third = (thirds[0] + thirds[1]) + (thirds[2] + thirds[3]),
              fourth = (fourths[0] + fourths[1]) + (fourths[2] + fourths[3]);
