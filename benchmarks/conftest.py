@@ -1,12 +1,11 @@
-"""Peers, and a race between them and ours: in turns, in one process, on the same data, the answers checked first."""
+"""A race between ours and peers: in turns, in one process, on the same data, the answers checked first."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,8 @@ import pytest
 from hubert_ecg.testing import torchaudio_parts
 
 
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """With --benchmark-json, rows also go where this device's rows are kept."""
-    spec = importlib.util.spec_from_file_location("rows", Path(__file__).with_name("rows.py"))
-    rows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rows)
-    rows.save(output_json["benchmarks"])
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, metavar="N", help="at most N rounds of each race, for a quick look")
 
 
 @pytest.fixture(scope="session")
@@ -35,15 +30,28 @@ def torchaudio():
 def race(benchmark, capsys, request) -> Callable[..., dict[str, float]]:
     """``race(ours, {name: peer}, unit, count)`` times ours, then all in turns; prints and stores ratios.
 
+    A peer that is not here is the reason why, a string. ``curve=(what, x)`` makes the row a point of a plot.
+
     Returns median seconds of each peer over ours, round by round; nothing where benchmarks are disabled.
     """
 
-    def run(ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], unit: str, count: int, rounds: int = 11):
+    def run(
+        ours: Callable[[], Any],
+        peers: dict[str, Callable[[], Any] | str],
+        unit: str,
+        count: int,
+        rounds: int = 11,
+        curve: tuple[str, int] | None = None,
+    ):
+        rounds = min(rounds, request.config.getoption("rounds") or rounds)
         benchmark.pedantic(ours, rounds=rounds, warmup_rounds=2)
         if benchmark.disabled:
             return {}
-        runners = {"ours": ours, **peers}
+        runners = {"ours": ours, **{name: peer for name, peer in peers.items() if not isinstance(peer, str)}}
+        absent = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
         times: dict[str, list[float]] = {name: [] for name in runners}
+        for runner in runners.values():
+            runner()
         for _ in range(rounds):
             for name, runner in runners.items():
                 start = time.perf_counter()
@@ -52,16 +60,35 @@ def race(benchmark, capsys, request) -> Callable[..., dict[str, float]]:
         medians = {name: statistics.median(found) for name, found in times.items()}
         ratios = {
             name: statistics.median(peer / own for peer, own in zip(times[name], times["ours"], strict=True))
-            for name in peers
+            for name in runners
+            if name != "ours"
         }
         benchmark.extra_info.update(
             unit=unit, count=count, median_s=medians, ratio={name: round(ratio, 2) for name, ratio in ratios.items()}
         )
+        if curve:
+            benchmark.extra_info.update(curve=curve[0], x=curve[1])
         with capsys.disabled():
             print(f"\n{request.node.name}")
             for name, median in medians.items():
                 ratio = f"  ours is {ratios[name]:.1f} times as fast" if name in ratios else ""
-                print(f"  {name:28} {1e3 * median:9.2f} ms {count / median:12,.0f} {unit}/s{ratio}")
+                print(f"  {name:36} {1e3 * median:9.2f} ms {count / median:12,.0f} {unit}/s{ratio}")
+            for name, reason in absent.items():
+                print(f"  {name:36} {reason}")
         return ratios
 
     return run
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[..., Callable[[], Any] | str]:
+    """``peer(package, make)`` is ``make(module)``, or why there is no such peer here."""
+
+    def build(package: str, make: Callable[[Any], Callable[[], Any]]) -> Callable[[], Any] | str:
+        try:
+            module = importlib.import_module(package.replace("-", "_").removesuffix("_cpu"))
+        except ImportError:
+            return f'not here; pip install {package}, or ".[bench]" for every peer'
+        return make(module)
+
+    return build
