@@ -21,6 +21,8 @@ bench: $(READY)
 	mkdir -p build
 	$(VENV)/bin/python -m pytest benchmarks -q -s --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
 		--benchmark-json=build/benchmarks.json $(ARGS)
+	$(VENV)/bin/python benchmarks/rows.py compare build/benchmarks.json
+	$(VENV)/bin/python benchmarks/rows.py keep build/benchmarks.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

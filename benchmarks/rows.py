@@ -1,6 +1,8 @@
-"""What benchmarks measured on a device, kept as rows, and the README's table made from them.
+"""What benchmarks measured on a device, kept as rows: compared, plotted, and the README's table made from them.
 
-``python benchmarks/rows.py`` prints the table of this device's rows.
+``python benchmarks/rows.py table``         prints the README's table from this device's rows
+``python benchmarks/rows.py compare FILE``  prints what ``--benchmark-json FILE`` measured beside this device's rows
+``python benchmarks/rows.py keep FILE``     puts what it measured in their place, and plots the curves among them
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu", "kaldi-native-fbank")
+PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu", "kaldi-native-fbank", "librosa")
 
 # Row -> what the README calls it, and the peer that it names.
 TABLE = {
     "test_mfcc[S64-float32]": ("MFCC, 1,000 records", "torchaudio, one batched call"),
-    "test_time_freq[S64-float32]": ("time-frequency features, 1,000 records", "torch, reference"),
+    "test_time_freq[S64-float32]": ("time-frequency features, 1,000 records", "NumPy and SciPy"),
     "test_lloyd_iteration[1000000x39x100]": ("k-means iteration, 1M x 39, K = 100", "scikit-learn"),
     "test_lloyd_iteration[1000000x13x100]": ("k-means iteration, 1M x 13, K = 100", "scikit-learn"),
     "test_lloyd_iteration[20000x768x500]": ("k-means iteration, 20k x 768, K = 500", "scikit-learn"),
@@ -50,22 +52,20 @@ def device() -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def save(benchmarks: Sequence[Mapping[str, Any]]) -> Path:
-    """Puts rows into the file of this device; a row that was measured before is replaced."""
-    path = RESULTS / f"{device()}.json"
-    rows = {row["name"]: row for row in load(path)}
+def measured(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of ``--benchmark-json``."""
     where = {
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
-    for row in benchmarks:
-        stats = {key: row["stats"][key] for key in ("median", "iqr", "rounds")}
-        rows[row["name"]] = {"name": row["name"], **stats, **row["extra_info"], **where}
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps([rows[name] for name in sorted(rows)], indent=1) + "\n", encoding="utf-8")
-    return path
+    benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    return [
+        {"name": row["name"], **{key: row["stats"][key] for key in ("median", "iqr", "rounds")}, **row["extra_info"]}
+        | where
+        for row in benchmarks
+    ]
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -73,16 +73,79 @@ def load(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
+def keep(path: Path, new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Puts rows into the file of a device; a row that was measured before is replaced."""
+    rows = {row["name"]: row for row in [*load(path), *new]}
+    path.parent.mkdir(exist_ok=True)
+    kept = [rows[name] for name in sorted(rows)]
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
+def compare(now: Sequence[Mapping[str, Any]], then: Sequence[Mapping[str, Any]]) -> str:
+    """Each row beside the one of the same name before it; of its peers, the README's or else the fastest.
+
+    What else a machine does slows ours and the peers alike, so the ratios say more than the times.
+    """
+    before = {row["name"]: row for row in then}
+    width = max((len(row["name"]) for row in now), default=0)
+    lines = [f"{'':{width}} {'now':>9} {'before':>9}   times as fast as a peer, now (before)"]
+    for row in now:
+        old = before.get(row["name"])
+        line = f"{row['name']:{width}} {_milliseconds(_seconds(row)):>9}"
+        line += f" {_milliseconds(_seconds(old)) if old else '-':>9}"
+        if ratios := row.get("ratio"):
+            peer = TABLE.get(row["name"], ("", ""))[1]
+            peer = peer if peer in ratios else min(ratios, key=ratios.__getitem__)
+            was = old.get("ratio", {}).get(peer) if old else None
+            line += f"   {_ratio(ratios[peer])} ({_ratio(was) if was else '-'}) {peer}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Curves of speed: one panel for each ``curve`` among the rows, with a line for ours and for each peer."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row.get("x", 0)):
+        if "curve" in row:
+            curves.setdefault(row["curve"], []).append(row)
+    if not curves:
+        return
+    # The same rows give the same file.
+    with pyplot.rc_context({"svg.hashsalt": "rows", "font.size": 9}):
+        figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
+        for panel, (title, points) in zip(panels[0], sorted(curves.items()), strict=True):
+            for who in dict.fromkeys(name for row in points for name in row["median_s"]):
+                timed = [(row["x"], row["count"] / row["median_s"][who]) for row in points if who in row["median_s"]]
+                panel.plot(*zip(*timed, strict=True), marker="o", label=who, linewidth=2.5 if who == "ours" else 1.2)
+            what, _, axis = title.partition(" against ")
+            panel.set(title=what, xlabel=axis, ylabel=f"{points[0]['unit']} / s", xscale="log", yscale="log")
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The README's table, in Markdown."""
     named = {row["name"]: row for row in rows}
     lines = ["| | ours | peer | | ratio |", "|---|---|---|---|---|"]
     for name, (what, peer) in TABLE.items():
-        if name in named:
-            row = named[name]
+        row = named.get(name, {})
+        if peer in row.get("ratio", {}):
             ours, theirs = (f"{_milliseconds(row['median_s'][who])}" for who in ("ours", peer))
             lines.append(f"| {what} | {ours} | {peer} | {theirs} | {_ratio(row['ratio'][peer])} |")
     return "\n".join(lines)
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    return row.get("median_s", {}).get("ours", row["median"])
 
 
 def _milliseconds(seconds: float) -> str:
@@ -100,5 +163,19 @@ def _version(package: str) -> str:
         return ""
 
 
+def main(command: str, *files: str) -> None:
+    path = RESULTS / f"{device()}.json"
+    if command == "table":
+        print(table(load(path)))
+    elif command == "compare":
+        if not path.is_file():
+            print(f"no rows of this device, {path.stem}: nothing to compare with")
+        print(compare(measured(Path(*files)), load(path)))
+    elif command == "keep":
+        plot(keep(path, measured(Path(*files))), path.with_suffix(".svg"))
+    else:
+        raise SystemExit(__doc__)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table(load(RESULTS / f"{device()}.json")) + "\n")
+    main(*sys.argv[1:] or [""])

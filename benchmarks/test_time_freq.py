@@ -41,7 +41,7 @@ def test_time_freq(race, num_samples, dtype):
     assert_close(ops.time_freq(few), exact, rtol=rtol, atol=atol, name="ours")
     assert_close(torch.from_numpy(by_scipy(few.numpy())), exact, rtol=10 * rtol, atol=10 * atol, name="SciPy")
     peers = {
-        "NumPy and SciPy, all frames at once": lambda: by_scipy(frames.numpy()),
+        "NumPy and SciPy": lambda: by_scipy(frames.numpy()),
         "torch, reference": lambda: reference(frames),
     }
     race(lambda: ops.time_freq(frames), peers, "records", NUM_RECORDS, rounds=5 if num_samples <= 64 else 3)

@@ -40,10 +40,11 @@ def deltas(x: Array, lengths: Array | Sequence[int] | None = None, window: int =
     x = as_floating("deltas: x", x)
     if lengths is None:
         return _deltas.call(x, None, window)
-    frames = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-    if frames.ndim != 1 or int(frames.sum()) != x.shape[-2] or bool((frames < 0).any()):
+    given = torch.as_tensor(lengths, device="cpu")
+    frames, whole = given.long(), not (given.is_floating_point() and given.numel())
+    if not whole or given.ndim != 1 or int(frames.sum()) != x.shape[-2] or bool((frames < 0).any()):
         want = f"frames of each lead that add up to F = {x.shape[-2]}"
-        raise ValueError(f"deltas: lengths must be {want}, got {frames.tolist()}")
+        raise ValueError(f"deltas: lengths must be {want}, got {given.tolist()}")
     return _deltas.call(x, frames.to(x.device), window)
 
 

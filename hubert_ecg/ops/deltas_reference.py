@@ -45,4 +45,7 @@ def deltas_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, None, 4), r"deltas: window must be odd and at least 3, got 4"
     yield (x, None, 1), r"deltas: window must be odd and at least 3, got 1"
     yield (x, torch.tensor([1, 2])), r"deltas: lengths must be frames of each lead that add up to F = 4, got \[1, 2\]"
+    yield (x, [2.5, 1.5]), r"deltas: lengths must be .*, got \[2\.5, 1\.5\]"
+    yield (x, torch.tensor([[4]])), r"deltas: lengths must be .*, got \[\[4\]\]"
+    yield ([[1.0]],), r"deltas: x must be a NumPy, CuPy or torch array, got list"
     yield (x, torch.tensor([5, -1])), r"deltas: lengths must be .*, got \[5, -1\]"

@@ -118,9 +118,14 @@ def mfcc_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x.long(),), r"mfcc: frames must be floating point \[\.\.\., S\] with S >= 2, got int64\[4, 64\]"
     yield (x[:, :1],), r"mfcc: frames must be .*S >= 2, got float32\[4, 1\]"
     yield (torch.tensor(1.0),), r"mfcc: frames must be .*, got float32\[\]"
-    yield (x, 0), r"mfcc: sample_rate_hz must be positive, got 0"
+    yield (x.to(torch.complex64),), r"mfcc: frames must be floating point .*, got complex64\[4, 64\]"
+    yield ([1.0, 2.0],), r"mfcc: frames must be a NumPy, CuPy or torch array, got list"
+    for rate in (0, -100.0, math.nan, math.inf):
+        yield (x, rate), rf"mfcc: sample_rate_hz must be positive and finite, got {rate}"
     yield (x, 100, 50), r"mfcc: low_hz must be in \[0, 50\).*, got 50"
     yield (x, 100, -1), r"mfcc: low_hz must be in \[0, 50\).*, got -1"
+    yield (x, 100, math.nan), r"mfcc: low_hz must be in \[0, 50\).*, got nan"
+    yield (x, 100, 20, math.nan), r"mfcc: high_hz must be above low_hz .*, got nan"
     yield (
         (x, 100, 20, 51),
         r"mfcc: high_hz must be above low_hz \(20 Hz\) and at most half the sampling rate \(50 Hz\).*, got 51",

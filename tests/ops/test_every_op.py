@@ -119,14 +119,16 @@ def test_half_precision_is_computed_in_float32(op, dtype):
     assert_close(public(*args), public(*convert(args, torch.float32)), rtol=0, atol=0, name=op.name)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @every_op
-def test_refuses_bad_input_in_its_own_words(op):
+def test_refuses_bad_input_in_its_own_words(op, device):
     public = getattr(ops, op.name)
     errors = list(op.errors())
     assert errors, f"{op.name} has no samples of what it refuses"
     for args, pattern in errors:
+        there = [a.to(device) if isinstance(a, torch.Tensor) and a.device.type == "cpu" else a for a in args]
         with pytest.raises(ValueError, match=rf"^{pattern}"):
-            public(*args)
+            public(*there)
 
 
 @every_op
