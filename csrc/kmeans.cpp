@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "isa.h"
@@ -14,8 +15,8 @@ namespace {
 // The inner loop for one instruction set: kmeans_simd.h.
 template <class T>
 struct Kernels {
-  double (*add)(const T* x, int64_t stride, const int64_t* labels, int64_t n, int64_t width, int64_t num_k,
-                const T* centroids, double* sums, int64_t* counts);
+  double (*add)(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k, const T* centroids,
+                double* sums, int64_t* counts);
 };
 
 #define HUBERT_ECG_SIMD_FILE "kmeans_simd.h"
@@ -43,47 +44,49 @@ void assign(Tensor x, Tensor centroids, Tensor labels) {
   std::vector<T> memory(num_threads * scratch);
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t g = 0; g < num_groups; ++g) {
-    const int64_t first = g * points;
-    codebook.label(x.data<T>() + first * dim, std::min(points, n - first), labels.data<int64_t>() + first,
-                   memory.data() + omp_get_thread_num() * scratch);
+    const int64_t i = g * points, size = std::min(points, n - i);
+    codebook.label(x.data<T>() + i * dim, size, labels.data<int64_t>() + i,
+                   memory.data() + omp_get_thread_num() * scratch, std::min(points, n - i - size));
   }
 }
 
-// Sums, counts and inertia (where `centroids` is not null) of labelled points, the columns shared among the threads:
-// for sums so large that there is memory for one copy only. Points are added in order, 2^16 of them at a time.
+double total(const std::vector<double>& parts) { return std::accumulate(parts.begin(), parts.end(), 0.0); }
+
+// Sums, counts and inertia (0 where `centroids` is null) of labelled points, the clusters shared among the threads: for
+// sums so large that there is memory for one copy only. Points are added in order, 2^16 of them at a time.
 template <class T>
-double accumulate_by_columns(const T* x, const int64_t* labels, const T* centroids, int64_t n, int64_t dim,
-                             int64_t num_k, double* sums, int64_t* counts, double* partial) {
-  constexpr int64_t kColumns = 64, kPoints = 1024, kTogether = 1 << 16;
-  const int64_t num_blocks = std::max<int64_t>((dim + kColumns - 1) / kColumns, 1);
-  const int num_threads = num_threads_for(num_blocks);
-  std::fill_n(sums, num_k * dim, 0.0);
-  std::fill_n(partial, num_k * dim, 0.0);
+double accumulate_by_clusters(const T* x, const int64_t* labels, const T* centroids, int64_t n, int64_t dim,
+                              int64_t num_k, double* sums, int64_t* counts, double* partial) {
+  constexpr int64_t kTogether = 1 << 16;
   std::fill_n(counts, num_k, int64_t(0));
-  std::vector<double> inertia(num_blocks);
-#pragma omp parallel num_threads(num_threads)
-  {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t begin = num_blocks * thread / threads, end = num_blocks * (thread + 1) / threads;
-    for (int64_t i = 0; i < n; i += kPoints) {
-      const int64_t size = std::min(kPoints, n - i);
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t d = b * kColumns;
-        inertia[b] += isa<T>().add(x + i * dim + d, dim, labels + i, size, std::min(kColumns, dim - d), num_k,
-                                   centroids ? centroids + d : nullptr, partial + d, b ? nullptr : counts);
-      }
-      if ((i + kPoints) % kTogether != 0 && i + kPoints < n) continue;
-      for (int64_t k = 0; k < num_k; ++k) {
-        for (int64_t j = k * dim + begin * kColumns; j < k * dim + std::min(end * kColumns, dim); ++j) {
-          sums[j] += partial[j];
-          partial[j] = 0;
-        }
+  for (int64_t i = 0; i < n; ++i)
+    if (labels[i] >= 0 && labels[i] < num_k) ++counts[labels[i]];
+  // Clusters begin[t] up to begin[t + 1] have about as many points for each thread t.
+  const int num_threads = num_threads_for(std::min(num_k, n * std::max<int64_t>(dim, 1) / 4096));
+  std::vector<int64_t> begin(num_threads + 1, num_k);
+  const int64_t all = std::accumulate(counts, counts + num_k, int64_t(0));
+  int64_t before = 0;
+  begin[0] = 0;
+  for (int64_t k = 0, t = 1; k < num_k; before += counts[k++])
+    for (; t < num_threads && before >= all * t / num_threads; ++t) begin[t] = k;
+  std::vector<double> inertia(num_k);
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int t = 0; t < num_threads; ++t) {
+    const int64_t first = begin[t], last = begin[t + 1];
+    std::fill(sums + first * dim, sums + last * dim, 0.0);
+    std::fill(partial + first * dim, partial + last * dim, 0.0);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t k = labels[i];
+      if (k >= first && k < last)
+        inertia[k] += isa<T>().add(x + i * dim, labels + i, 1, dim, num_k, centroids, partial, nullptr);
+      if ((i + 1) % kTogether != 0 && i + 1 < n) continue;
+      for (int64_t j = first * dim; j < last * dim; ++j) {
+        sums[j] += partial[j];
+        partial[j] = 0;
       }
     }
   }
-  double total = 0;
-  for (const double part : inertia) total += part;
-  return total;
+  return total(inertia);
 }
 
 // The same, in P chunks with sums of their own, which are added in order. Where there are centroids, the points are
@@ -113,8 +116,9 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, int
       const int64_t size = std::min(points, end - i);
       if (centroids)
         codebook[0].label(x + i * dim, size, labels + i,
-                          memory.data() + omp_get_thread_num() * codebook[0].scratch_size());
-      inertia[p] += isa<T>().add(x + i * dim, dim, labels + i, size, dim, num_k, centroids, sum, count);
+                          memory.data() + omp_get_thread_num() * codebook[0].scratch_size(),
+                          std::min(points, end - i - size));
+      inertia[p] += isa<T>().add(x + i * dim, labels + i, size, dim, num_k, centroids, sum, count);
     }
   }
 #pragma omp parallel for num_threads(num_threads_for(num_k))
@@ -127,17 +131,15 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, int
       counts[k] += partial_counts[p * num_k + k];
     }
   }
-  double total = 0;
-  for (const double part : inertia) total += part;
-  return total;
+  return total(inertia);
 }
 
 template <class T>
 void accumulate(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor partial_sums, Tensor partial_counts) {
   const int64_t n = x.size(0), dim = x.size(1), num_k = sums.size(0), num_chunks = partial_sums.size(0);
   if (num_chunks == 1)
-    accumulate_by_columns<T>(x.data<T>(), labels.data<int64_t>(), nullptr, n, dim, num_k, sums.data<double>(),
-                             counts.data<int64_t>(), partial_sums.data<double>());
+    accumulate_by_clusters<T>(x.data<T>(), labels.data<int64_t>(), nullptr, n, dim, num_k, sums.data<double>(),
+                              counts.data<int64_t>(), partial_sums.data<double>());
   else
     accumulate_by_chunks<T>(x.data<T>(), labels.data<int64_t>(), nullptr, n, dim, num_k, num_chunks,
                             sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>(),
@@ -151,8 +153,8 @@ void step(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts,
   if (num_chunks == 1 || dim == 0) {
     assign<T>(x, centroids, labels);
     *inertia.data<double>() =
-        accumulate_by_columns<T>(x.data<T>(), labels.data<int64_t>(), centroids.data<T>(), n, dim, num_k,
-                                 sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>());
+        accumulate_by_clusters<T>(x.data<T>(), labels.data<int64_t>(), centroids.data<T>(), n, dim, num_k,
+                                  sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>());
   } else {
     *inertia.data<double>() = accumulate_by_chunks<T>(x.data<T>(), labels.data<int64_t>(), centroids.data<T>(), n, dim,
                                                       num_k, num_chunks, sums.data<double>(), counts.data<int64_t>(),

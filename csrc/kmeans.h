@@ -21,7 +21,7 @@ void kmeans_accumulate_cuda(Tensor x, Tensor labels, Tensor sums, Tensor counts,
 
 // Both in one pass over the points: labels as of kmeans_assign, their sums and counts as of kmeans_accumulate, and the
 // sum of |x[i] - centroids[labels[i]]|^2.
-//   inertia [] float64 (written); the others as above. On the CPU, P = 1 shares the columns among the threads instead.
+//   inertia [] float64 (written); the others as above. On the CPU, P = 1 shares the clusters among the threads.
 void kmeans_step_cpu(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
                      Tensor partial_sums, Tensor partial_counts);
 

@@ -14,8 +14,9 @@ template <class T>
 struct Kernels {
   int rows;   // centroids in a register tile
   int lanes;  // points in a register tile
-  void (*pack)(const T* points, int64_t stride, int64_t count, int64_t dim, const T* shift, T* x, T* squares);
-  void (*score)(const T* x, int64_t dim, const T* c, const T* half, int64_t num_k, T* scores, T* lowest);
+  void (*pack)(const T* points, int64_t stride, int64_t count, int64_t dim, const T* offset, T* x, T* squares);
+  void (*score)(const T* x, int64_t dim, const T* c, const T* half, int64_t num_k, T* scores, T* lowest,
+                const char* next, int64_t ahead);
   void (*select)(const T* scores, int64_t num_k, const T* squares, const T* lowest, T slack, T half_longest, T* limit,
                  Index<T>* count, Index<T>* arg);
   double (*distance)(const T* a, const T* b, int64_t dim);
@@ -36,7 +37,7 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 
 template <class T>
 Codebook<T>::Codebook(const T* centroids, int64_t num_k, int64_t dim)
-    : centroids_(centroids), num_k_(num_k), dim_(dim), shift_(dim) {
+    : centroids_(centroids), num_k_(num_k), dim_(dim), offset_(dim) {
   const int64_t rows = isa<T>().rows, lanes = isa<T>().lanes, element = sizeof(T);
   padded_k_ = round_up(num_k, rows);
   // 16 KiB of points stay in the first-level cache, 128 KiB of centroids in the second.
@@ -51,7 +52,7 @@ Codebook<T>::Codebook(const T* centroids, int64_t num_k, int64_t dim)
     double sum = 0;
     for (int64_t k = 0; k < num_k; ++k) sum += double(centroids[k * dim + d]);
     const T mean = T(sum / double(num_k));
-    shift_[d] = std::isfinite(mean) ? mean : T(0);
+    offset_[d] = std::isfinite(mean) ? -mean : T(0);
   }
   // [dim / block][K / rows][block][rows]
   packed_.resize(padded_k_ * dim);
@@ -59,13 +60,13 @@ Codebook<T>::Codebook(const T* centroids, int64_t num_k, int64_t dim)
   for (int64_t first = 0; first < dim; first += block_)
     for (int64_t k = 0; k < padded_k_; k += rows)
       for (int64_t d = first; d < std::min(dim, first + block_); ++d)
-        for (int64_t r = k; r < k + rows; ++r) *to++ = r < num_k ? centroids[r * dim + d] - shift_[d] : T(0);
+        for (int64_t r = k; r < k + rows; ++r) *to++ = r < num_k ? centroids[r * dim + d] + offset_[d] : T(0);
   half_.assign(padded_k_, std::numeric_limits<T>::infinity());
   double longest = 0;
   for (int64_t k = 0; k < num_k; ++k) {
     double sum = 0;
     for (int64_t d = 0; d < dim; ++d) {
-      const double c = double(T(centroids[k * dim + d] - shift_[d]));
+      const double c = double(T(centroids[k * dim + d] + offset_[d]));
       sum += c * c;
     }
     half_[k] = T(sum / 2);
@@ -81,9 +82,9 @@ Codebook<T>::Codebook(const T* centroids, int64_t num_k, int64_t dim)
 }
 
 template <class T>
-void Codebook<T>::label(const T* x, int64_t n, int64_t* labels, T* scratch) const {
+void Codebook<T>::label(const T* x, int64_t n, int64_t* labels, T* scratch, int64_t ahead) const {
   const Kernels<T>& run = isa<T>();
-  const int64_t lanes = run.lanes;
+  const int64_t lanes = run.lanes, row_bytes = dim_ * int64_t(sizeof(T));
   T squares[kPoints], lowest[kPoints], limit[kPoints];
   Index<T> count[kPoints], arg[kPoints];
   // Whole cache lines, for loads that do not straddle two of them.
@@ -97,13 +98,19 @@ void Codebook<T>::label(const T* x, int64_t n, int64_t* labels, T* scratch) cons
       const int64_t size = std::min(block_, dim_ - first);
       const bool last = first + size == dim_;
       for (int64_t i = 0; i < num_points; i += lanes)
-        run.pack(x + i * dim_ + first, dim_, std::min(lanes, num_points - i), size, shift_.data() + first,
+        run.pack(x + i * dim_ + first, dim_, std::min(lanes, num_points - i), size, offset_.data() + first,
                  tiles + i * size, squares + i);
-      for (int64_t k = 0; k < padded_k_; k += block_k_)
-        for (int64_t i = 0; i < num_points; i += lanes)
+      for (int64_t k = 0; k < padded_k_; k += block_k_) {
+        for (int64_t i = 0; i < num_points; i += lanes) {
+          // Rows of many coordinates take so long that the processor fetches them in time by itself.
+          const bool fetch = k == 0 && block_ == dim_;
+          const int64_t fetched = fetch ? std::clamp<int64_t>(n + ahead - points_ - i, 0, lanes) * row_bytes : 0;
           run.score(tiles + i * size, size, packed_.data() + first * padded_k_ + k * size,
                     first == 0 ? half_.data() + k : nullptr, std::min(block_k_, padded_k_ - k),
-                    scores + i * padded_k_ + k * lanes, last ? lowest + i : nullptr);
+                    scores + i * padded_k_ + k * lanes, last ? lowest + i : nullptr,
+                    reinterpret_cast<const char*>(x) + (points_ + i) * row_bytes, fetched);
+        }
+      }
     }
     for (int64_t i = 0; i < num_points; i += lanes) {
       const T* const tile = scores + i * padded_k_;

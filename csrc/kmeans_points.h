@@ -22,8 +22,9 @@ class Codebook {
   // Elements of memory that label() works in; any alignment.
   int64_t scratch_size() const { return points_ * (block_ + padded_k_) + 64; }
 
-  // x [n, dim] with n <= kPoints; labels [n] (written); scratch [scratch_size()], of one caller at a time.
-  void label(const T* x, int64_t n, int64_t* labels, T* scratch) const;
+  // x [n, dim] with n <= kPoints; labels [n] (written); scratch [scratch_size()], of one caller at a time. So many
+  // points lie `ahead`, after x, and come next: they are fetched into the cache meanwhile.
+  void label(const T* x, int64_t n, int64_t* labels, T* scratch, int64_t ahead = 0) const;
 
  private:
   int64_t recheck(const T* point, const T* scores, T limit) const;
@@ -34,7 +35,7 @@ class Codebook {
   int64_t points_;    // points that share a pass over the centroids
   int64_t block_;     // dimensions that points and centroids are in the cache with
   int64_t block_k_;   // centroids in the second-level cache
-  std::vector<T> shift_, packed_, half_;
+  std::vector<T> offset_, packed_, half_;
   T slack_, half_longest_;
 };
 

@@ -11,55 +11,61 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 
-// Copies `dim` coordinates of `count` points, less `shift`, to x [dim][2 W], the rest 0, and adds their squares to
-// squares [2 W].
+// Copies `dim` coordinates of `count` points, moved by `offset`, to x [dim][2 W] and adds their squares to
+// squares [2 W]; places without a point repeat the last one.
 template <class T>
-HUBERT_ECG_TARGET static void pack(const T* points, int64_t stride, int64_t count, int64_t dim, const T* shift, T* x,
+HUBERT_ECG_TARGET static void pack(const T* points, int64_t stride, int64_t count, int64_t dim, const T* offset, T* x,
                                    T* squares) {
-  constexpr int W = Simd<T>::width, L = 2 * W;
+  constexpr int L = 2 * Simd<T>::width;
   const T* row[L];
   for (int l = 0; l < L; ++l) row[l] = points + std::min<int64_t>(l, count - 1) * stride;
   int64_t d = 0;
 #if __has_builtin(__builtin_shufflevector)
   if constexpr (sizeof(T) == 4) {
     typedef float Q __attribute__((vector_size(16)));
+    Q sums[L / 4];
+    __builtin_memcpy(sums, squares, sizeof(sums));
     for (; d + 4 <= dim; d += 4) {
-      const Q s = load<Q>(shift + d);
+      const Q o = load<Q>(offset + d);
 #pragma GCC unroll 8
       for (int l = 0; l < L; l += 4) {
-        const Q a = load<Q>(row[l] + d) - s, b = load<Q>(row[l + 1] + d) - s;
-        const Q c = load<Q>(row[l + 2] + d) - s, e = load<Q>(row[l + 3] + d) - s;
+        const Q a = load<Q>(row[l] + d) + o, b = load<Q>(row[l + 1] + d) + o;
+        const Q c = load<Q>(row[l + 2] + d) + o, e = load<Q>(row[l + 3] + d) + o;
         const Q ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ce = __builtin_shufflevector(c, e, 0, 4, 1, 5);
         const Q fg = __builtin_shufflevector(a, b, 2, 6, 3, 7), hi = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-        store(x + d * L + l, __builtin_shufflevector(ab, ce, 0, 1, 4, 5));
-        store(x + (d + 1) * L + l, __builtin_shufflevector(ab, ce, 2, 3, 6, 7));
-        store(x + (d + 2) * L + l, __builtin_shufflevector(fg, hi, 0, 1, 4, 5));
-        store(x + (d + 3) * L + l, __builtin_shufflevector(fg, hi, 2, 3, 6, 7));
+        const Q x0 = __builtin_shufflevector(ab, ce, 0, 1, 4, 5), x1 = __builtin_shufflevector(ab, ce, 2, 3, 6, 7);
+        const Q x2 = __builtin_shufflevector(fg, hi, 0, 1, 4, 5), x3 = __builtin_shufflevector(fg, hi, 2, 3, 6, 7);
+        store(x + d * L + l, x0), store(x + (d + 1) * L + l, x1);
+        store(x + (d + 2) * L + l, x2), store(x + (d + 3) * L + l, x3);
+        sums[l / 4] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3);
       }
     }
+    __builtin_memcpy(squares, sums, sizeof(sums));
   }
 #endif
-  for (; d < dim; ++d)
-    for (int l = 0; l < L; ++l) x[d * L + l] = row[l][d] - shift[d];
-  V<T> sum0 = load<V<T>>(squares), sum1 = load<V<T>>(squares + W);
-  for (d = 0; d < dim; ++d) {
-    const V<T> x0 = load<V<T>>(x + d * L), x1 = load<V<T>>(x + d * L + W);
-    sum0 += x0 * x0;
-    sum1 += x1 * x1;
+  for (; d < dim; ++d) {
+    for (int l = 0; l < L; ++l) {
+      const T value = row[l][d] + offset[d];
+      x[d * L + l] = value;
+      squares[l] += value * value;
+    }
   }
-  store(squares, sum0), store(squares + W, sum1);
 }
 
 // Scores of 2 W points and num_k centroids over `dim` coordinates. They start at `half`, or where that is null, are
-// added to those of the coordinates before. Where `lowest` is not null, these are the last coordinates.
+// added to those of the coordinates before. Where `lowest` is not null, these are the last coordinates. `ahead` bytes
+// at `next` are fetched into the cache meanwhile.
 //   x [dim][2 W]; c [num_k / kRows][dim][kRows]; half [num_k]; scores [num_k][2 W] (written); lowest [2 W] (updated)
 template <class T>
 HUBERT_ECG_TARGET static void score(const T* x, int64_t dim, const T* c, const T* half, int64_t num_k, T* scores,
-                                    T* lowest) {
+                                    T* lowest, const char* next, int64_t ahead) {
   constexpr int W = Simd<T>::width, L = 2 * W;
   V<T> low0{}, low1{};
   if (lowest) low0 = load<V<T>>(lowest), low1 = load<V<T>>(lowest + W);
+  const int64_t share = ahead / (num_k / kRows) + 1;
   for (int64_t k = 0; k < num_k; k += kRows, c += kRows * dim, scores += kRows * L) {
+    for (int64_t b = k / kRows * share; b < std::min(ahead, (k / kRows + 1) * share); b += 64)
+      __builtin_prefetch(next + b);
     V<T> acc0[kRows], acc1[kRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc0[r] = acc1[r] = V<T>{};

@@ -4,22 +4,21 @@
 namespace HUBERT_ECG_ISA {
 
 template <class T, bool kInertia>
-HUBERT_ECG_TARGET static inline __attribute__((always_inline)) double add_rows(const T* x, int64_t stride,
-                                                                               const int64_t* labels, int64_t n,
-                                                                               int64_t width, int64_t num_k,
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) double add_rows(const T* x, const int64_t* labels,
+                                                                               int64_t n, int64_t dim, int64_t num_k,
                                                                                const T* centroids, double* sums,
                                                                                int64_t* counts) {
   constexpr int W = Simd<double>::width;
   typedef T X __attribute__((vector_size(W * sizeof(T))));
   V<double> squares{};
   double rest = 0;
-  for (int64_t i = 0; i < n; ++i, x += stride) {
+  for (int64_t i = 0; i < n; ++i, x += dim) {
     const int64_t k = labels[i];
     if (k < 0 || k >= num_k) continue;
-    double* const sum = sums + k * stride;
-    const T* const centroid = kInertia ? centroids + k * stride : nullptr;
+    double* const sum = sums + k * dim;
+    const T* const centroid = kInertia ? centroids + k * dim : nullptr;
     int64_t d = 0;
-    for (; d + W <= width; d += W) {
+    for (; d + W <= dim; d += W) {
       const auto value = __builtin_convertvector(load<X>(x + d), V<double>);
       store(sum + d, load<V<double>>(sum + d) + value);
       if constexpr (kInertia) {
@@ -27,7 +26,7 @@ HUBERT_ECG_TARGET static inline __attribute__((always_inline)) double add_rows(c
         squares += delta * delta;
       }
     }
-    for (; d < width; ++d) {
+    for (; d < dim; ++d) {
       const double value = double(x[d]);
       sum[d] += value;
       if constexpr (kInertia) rest += (value - double(centroid[d])) * (value - double(centroid[d]));
@@ -38,13 +37,13 @@ HUBERT_ECG_TARGET static inline __attribute__((always_inline)) double add_rows(c
   return rest;
 }
 
-// Adds `width` columns of n points to the sums of their clusters, and the points to the counts where they are not null.
-// Returns the sum of squared distances in these columns, 0 where `centroids` is null. `stride` is that of all rows.
+// Adds n points to the sums of their clusters, and to the counts where they are not null. Returns the sum of squared
+// distances to their centroids, 0 where `centroids` is null.
 template <class T>
-HUBERT_ECG_TARGET static double add(const T* x, int64_t stride, const int64_t* labels, int64_t n, int64_t width,
-                                    int64_t num_k, const T* centroids, double* sums, int64_t* counts) {
-  return centroids ? add_rows<T, true>(x, stride, labels, n, width, num_k, centroids, sums, counts)
-                   : add_rows<T, false>(x, stride, labels, n, width, num_k, centroids, sums, counts);
+HUBERT_ECG_TARGET static double add(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k,
+                                    const T* centroids, double* sums, int64_t* counts) {
+  return centroids ? add_rows<T, true>(x, labels, n, dim, num_k, centroids, sums, counts)
+                   : add_rows<T, false>(x, labels, n, dim, num_k, centroids, sums, counts);
 }
 
 template <class T>

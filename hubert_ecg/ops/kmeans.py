@@ -187,13 +187,11 @@ def _sums(x: Tensor, num_clusters: int, *leading: int) -> tuple[Tensor, Tensor]:
 def _num_chunks(x: Tensor, num_clusters: int) -> int:
     """Chunks of the points with sums of their own: enough to share among threads, within 32 MiB of memory.
 
-    On a CPU, 1 where there would be fewer: its kernels then share the columns.
+    On a CPU, 1 where there would be fewer: its kernels then share the clusters among the threads.
     """
     points, width = x.shape
     if x.is_cuda:
         most = (256 << 20) // (8 * num_clusters * (width + 1))
         return max(1, min(points // max(256, 2 * num_clusters), most, 1024))
     most = (32 << 20) // (8 * num_clusters * (width + 1))
-    if most < 64 <= width:
-        return 1
-    return max(1, min(points // max(2048, 2 * num_clusters), most, 256))
+    return min(max(1, points // max(2048, 2 * num_clusters)), most, 256) if most >= 64 else 1

@@ -78,8 +78,8 @@ def kmeans_accumulate_samples(device: str) -> Iterator[tuple[Any, ...]]:
 def kmeans_step_samples(device: str) -> Iterator[tuple[Any, ...]]:
     yield from kmeans_assign_samples(device)
     random = torch.Generator().manual_seed(1)
-    # Large enough to be cut into chunks, and so wide that the columns are shared instead.
-    for n, k, d in [(10_000, 5, 3), (200, 150, 600)]:
+    # Large enough to be cut into chunks, and with sums so large that threads share them.
+    for n, k, d in [(10_000, 5, 3), (300, 150, 600)]:
         yield torch.randn(n, d, generator=random).to(device), torch.randn(k, d, generator=random).to(device)
 
 
