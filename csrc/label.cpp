@@ -16,6 +16,9 @@
 namespace hubert_ecg {
 namespace {
 
+// Between these, a sum of squares in float32 has lost nothing to underflow or overflow.
+constexpr float kLeastSquare = 1e-25f, kMostSquare = 1e35f;
+
 #define HUBERT_ECG_SIMD_FILE "label_simd.h"
 #include "every_isa.h"
 
@@ -38,7 +41,8 @@ struct Plan {
   Plan(const Tensor& ecg, const Tensor& scale, const Tensor& centroids, const Tensor& window, const Tensor& circle,
        const Tensor& bank, const Tensor& dct, const Tensor& frame_circle, const Tensor& ends, const Tensor& labels,
        int64_t kind, int64_t start, int64_t frame_length, bool normalize)
-      : num_samples(ecg.size(1)),
+      : kind(kind),
+        num_samples(ecg.size(1)),
         num_leads(ecg.is<int16_t>() ? scale.size(1) : 1),
         scale(ecg.is<int16_t>() ? scale.data<float>() : nullptr),
         ends(ends.data<int64_t>()),
@@ -56,8 +60,6 @@ struct Plan {
     const int64_t frames = Codebook<float>::kPoints + 2 * halo;
     samples_at = scratch.add<float>(ecg.is<float>() ? 0 : frames * frame_length);
     cepstra_at = scratch.add<float>(frames * cepstra.width);
-    slopes_at = scratch.add<float>(num_ends ? frames * kNumMfcc : 0);
-    curves_at = scratch.add<float>(num_ends ? frames * kNumMfcc : 0);
     statistics_at = scratch.add<float>(frames * statistics.width);
     x_at = scratch.add<float>(frames * width);
     // Never in use at the same time.
@@ -65,7 +67,7 @@ struct Plan {
                                           codebook.scratch_size() * static_cast<int64_t>(sizeof(float))}));
   }
 
-  int64_t num_samples, num_leads;
+  int64_t kind, num_samples, num_leads;
   const float* scale;
   const int64_t* ends;
   int64_t num_ends, num_frames, start, frame_length, width;
@@ -75,7 +77,7 @@ struct Plan {
   Codebook<float> codebook;
   FrameFeatures cepstra, statistics;
   Layout scratch;
-  int64_t samples_at, cepstra_at, slopes_at, curves_at, statistics_at, x_at, work_at;
+  int64_t samples_at, cepstra_at, statistics_at, x_at, work_at;
 };
 
 // Samples of a record as float32, `scale` taken in lead by lead.
@@ -90,13 +92,14 @@ void convert(const Plan& plan, const Sample* ecg, const float* scale, int64_t fi
   }
 }
 
-// Slopes of the frames [first, last) of a record, in rows whose numbers are those of the frames.
-void slopes_of_leads(const Plan& plan, const float* x, int64_t first, int64_t last, float* out) {
+// Columns `to` to `to` + kNumMfcc of the frames [first, last) of a record become the slopes of the columns before. x is
+// where the row of frame 0 would be.
+void slopes_of_leads(const Plan& plan, int64_t first, int64_t last, int64_t to, float* x) {
   const auto kernel = HUBERT_ECG_BEST(slopes);
   int64_t begin = 0;
   for (int64_t lead = 0; lead <= plan.num_ends; ++lead) {
     const int64_t end = lead < plan.num_ends ? std::clamp(plan.ends[lead], begin, plan.num_frames) : plan.num_frames;
-    kernel(x, begin, end, std::max(begin, first), std::min(end, last), out);
+    kernel(x, plan.width, to, begin, end, std::max(begin, first), std::min(end, last));
     begin = end;
   }
 }
@@ -117,44 +120,26 @@ void label_frames(const Plan& plan, const Sample* ecg, const float* scale, int64
     frames = part(plan.samples_at);
   }
 
+  // Rows of the frames [from, to).
   float* const x = part(plan.x_at);
-  const float *blocks[3] = {}, *const none = nullptr;
-  int64_t widths[3] = {}, num_blocks = 0;
-  const auto add = [&](const float* block, int64_t width) {
-    blocks[num_blocks] = block, widths[num_blocks] = width, ++num_blocks;
-  };
   if (plan.statistics.width) {
-    plan.statistics.run(frames + (first - from) * S, n, work, part(plan.statistics_at));
-    add(part(plan.statistics_at), plan.statistics.width);
+    plan.statistics.run(frames, n, work, part(plan.statistics_at));
+    HUBERT_ECG_BEST(copy_columns)(part(plan.statistics_at), n, plan.statistics.width, plan.width, x);
   }
   if (plan.cepstra.width) {
     plan.cepstra.run(frames, to - from, work, part(plan.cepstra_at));
-    add(part(plan.cepstra_at) + (first - from) * kNumMfcc, kNumMfcc);
+    HUBERT_ECG_BEST(copy_columns)(part(plan.cepstra_at), to - from, kNumMfcc, plan.width, x + plan.statistics.width);
   }
   if (plan.num_ends) {
-    const int64_t reach = kDeltaReach;
-    float *const static_rows = part(plan.cepstra_at) - from * kNumMfcc,
-                 *const slope_rows = part(plan.slopes_at) - from * kNumMfcc,
-                 *const curve_rows = part(plan.curves_at) - from * kNumMfcc;
-    slopes_of_leads(plan, static_rows, std::max<int64_t>(0, first - reach), std::min(plan.num_frames, last + reach),
-                    slope_rows);
-    slopes_of_leads(plan, slope_rows, first, last, curve_rows);
-    add(slope_rows + first * kNumMfcc, kNumMfcc);
-    add(curve_rows + first * kNumMfcc, kNumMfcc);
-  } else if (plan.width == kWidths[kMfcc]) {
-    add(none, 2 * kNumMfcc);
+    const int64_t before = std::max(from, first - kDeltaReach), after = std::min(to, last + kDeltaReach);
+    slopes_of_leads(plan, before, after, kNumMfcc, x - from * plan.width);
+    slopes_of_leads(plan, first, last, 2 * kNumMfcc, x - from * plan.width);
+  } else if (plan.kind == kMfcc) {
+    for (int64_t i = 0; i < n; ++i) std::fill_n(x + i * plan.width + kNumMfcc, 2 * kNumMfcc, 0.0f);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    float* to_row = x + i * plan.width;
-    for (int64_t b = 0; b < num_blocks; to_row += widths[b], ++b) {
-      if (blocks[b])
-        std::copy_n(blocks[b] + i * widths[b], widths[b], to_row);
-      else
-        std::fill_n(to_row, widths[b], 0.0f);
-    }
-  }
-  if (plan.normalize) HUBERT_ECG_BEST(unit_rows)(x, n, plan.width);
-  plan.codebook.label(x, n, labels, static_cast<float*>(work));
+  float* const rows = x + (first - from) * plan.width;
+  if (plan.normalize) HUBERT_ECG_BEST(unit_rows)(rows, n, plan.width);
+  plan.codebook.label(rows, n, labels, static_cast<float*>(work));
 }
 
 template <class Sample>

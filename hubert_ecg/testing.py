@@ -44,6 +44,38 @@ def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: 
         )
 
 
+def assert_same_clusters(
+    actual: Tensor, expected: Tensor, points: Tensor, centroids: Tensor, rounding: Tensor, *, name: str = "labels"
+) -> None:
+    """Asserts that labels are equal, but for points whose nearest centroids are equally far within rounding.
+
+    A point that moves by e changes how much farther centroid a is than b, both squared, by ``2 |e| |a - b|`` at most.
+
+    Args:
+        actual: labels, ``[N] int64``.
+        expected: labels, ``[N] int64``.
+        points: what was labelled, ``[N, D] float64``.
+        centroids: ``[K, D]``.
+        rounding: how far off each point may have been, ``[N]``.
+
+    Raises:
+        AssertionError: naming the point, its labels and how far they are from the nearest centroid.
+    """
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.dtype == torch.int64, f"{name}: {actual.dtype}, expected int64"
+    exact = centroids.double()
+    for i in (actual != expected).nonzero()[:, 0].tolist():
+        distances = (points[i] - exact).square().sum(1)
+        nearest = int(distances.argmin())
+        for label in (int(actual[i]), int(expected[i])):
+            gap = float(distances[label] - distances[nearest])
+            tie = float(2 * rounding[i] * (exact[label] - exact[nearest]).norm())
+            assert gap <= tie, (
+                f"{name}[{i}]: got {int(actual[i])}, expected {int(expected[i])}; {label} is farther than {nearest} "
+                f"by {gap:.3g}, and rounding explains {tie:.3g}"
+            )
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Inside the block, ``torch.empty`` and its like hold NaN, or the largest integer: what is never written shows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hubert_ecg.testing import assert_close, poisoned_memory, strided
+from hubert_ecg.testing import assert_close, assert_same_clusters, poisoned_memory, strided
 
 
 def test_assert_close_names_the_tensor_and_its_worst_element():
@@ -44,3 +44,19 @@ def test_strided_is_equal_and_apart():
     x = torch.arange(6.0).reshape(2, 3)
     assert strided(x).equal(x)
     assert not strided(x).is_contiguous()
+
+
+def test_assert_same_clusters_lets_ties_pass_alone():
+    centroids = torch.tensor([[0.0], [1.0], [3.0]])
+    points = torch.tensor([[0.2], [0.5001], [0.5001], [2.9]]).double()
+    expected = torch.tensor([0, 1, 1, 2])
+    rounding = torch.full((4,), 2e-4)
+    assert_same_clusters(torch.tensor([0, 0, 1, 2]), expected, points, centroids, rounding)
+    # Beyond rounding, never so near, and as far as the others but for the nearest.
+    for wrong, at in [([1, 1, 1, 2], 0), ([0, 2, 1, 2], 1), ([0, 1, 1, 1], 3)]:
+        with pytest.raises(AssertionError, match=rf"^labels\[{at}\]: got {wrong[at]}, expected {int(expected[at])}; "):
+            assert_same_clusters(torch.tensor(wrong), expected, points, centroids, rounding)
+    with pytest.raises(AssertionError, match=r"^labels\[1\]"):
+        assert_same_clusters(torch.tensor([0, 0, 1, 2]), expected, points, centroids, rounding / 4)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_same_clusters(expected[:3], expected, points, centroids, rounding)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hubert_ecg import ops
 from hubert_ecg.features import mfcc, mixed, time_freq
 from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry
 from hubert_ecg.ops._op import takes_arrays
@@ -21,8 +22,14 @@ FEATURE_TYPES: dict[str, Callable[[Frames], torch.Tensor]] = {
     "time_freq": time_freq.features,
     "mixed": mixed.features,
 }
+#: Feature types whose clusters one op finds from the signal, without features in between.
+ASSIGN: dict[str, Callable[..., Any]] = {
+    "mfcc": ops.mfcc_assign,
+    "time_freq": ops.time_freq_assign,
+    "mixed": ops.mixed_assign,
+}
 
-__all__ = ["FEATURE_TYPES", "Frames", "TokenGeometry", "extract", "num_features", "token_geometry"]
+__all__ = ["ASSIGN", "FEATURE_TYPES", "Frames", "TokenGeometry", "extract", "num_features", "token_geometry"]
 
 
 @takes_arrays("ecg")

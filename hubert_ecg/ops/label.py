@@ -17,7 +17,7 @@ from hubert_ecg.ops.mfcc import check_band
 
 _NUM_MEL, _NUM_MFCC = 23, 13
 # Bytes of a signal that are copied at a time where it cannot be read in place.
-_COPY_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_COPY_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 _frame_assign = Op(
     "frame_assign(Tensor ecg, Tensor? scale, Tensor centroids, str feature_type, int start, int num_frames, "
@@ -221,15 +221,14 @@ def _assign(
     if plan.trims is None and records.is_contiguous():
         labels = _labels(feature_type, plan, records.flatten(1), scale, centroids, normalize)
     else:
-        step = max(1, _COPY_BYTES[ecg.device.type] // (4 * NUM_LEADS * ecg.shape[-1]))
-        parts = []
-        for first in range(0, max(1, len(records)), step):
+        step = max(1, _COPY_BYTES[ecg.device.type] // (max(4, ecg.element_size()) * NUM_LEADS * ecg.shape[-1]))
+        labels = ecg.new_empty(len(records), plan.num_frames, dtype=torch.int64)
+        for first in range(0, len(records), step):
             part, units = records[first : first + step], None if scale is None else scale[first : first + step]
             if plan.trims is not None and units is not None:
                 # Trimmed leads need not be equally long.
                 part, units = part * units.float()[..., None], None
-            parts.append(_labels(feature_type, plan, plan.joined(part), units, centroids, normalize))
-        labels = torch.cat(parts)
+            labels[first : first + step] = _labels(feature_type, plan, plan.joined(part), units, centroids, normalize)
     return labels[0] if ecg.ndim == 2 else labels
 
 

@@ -35,18 +35,21 @@ class PseudoLabels:
 
     def __init__(self, kmeans: KMeans, feature_type: str, compat: str, sampling_rate_hz: float) -> None:
         self.kmeans = kmeans
-        self._features = {
-            "feature_type": feature_type,
-            "compat": compat,
-            "sample_rate_hz": sampling_rate_hz,
-        }
+        self.feature_type = feature_type
+        self._how = {"compat": compat, "sample_rate_hz": sampling_rate_hz}
+        # Features are float32, and so are the centres that they are compared with.
+        self._centers = torch.as_tensor(kmeans.cluster_centers_, dtype=torch.float32)
 
     @torch.no_grad()
     def __call__(self, ecg: Tensor) -> Tensor:
         """Clusters ``[B, N] int64`` of the crops ``[B, 12, T]``, on their device."""
+        assign = features.ASSIGN.get(self.feature_type)
+        if assign is not None:
+            self._centers = self._centers.to(ecg.device)
+            return assign(ecg, self._centers, normalize=self.kmeans.normalize, **self._how)
         # In half precision, tokens near a border would change their cluster.
         with torch.autocast(ecg.device.type, enabled=False):
-            x = features.extract(ecg.float(), **self._features)
+            x = features.extract(ecg.float(), self.feature_type, **self._how)
             labels = self.kmeans.predict(x.flatten(0, 1))
         return labels.view(x.shape[:2])
 
