@@ -17,7 +17,7 @@ from hubert_ecg.ops.mfcc import check_band
 
 _NUM_MEL, _NUM_MFCC = 23, 13
 # Bytes of a signal that are copied at a time where it cannot be read in place.
-_COPY_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+_COPY_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
 
 _frame_assign = Op(
     "frame_assign(Tensor ecg, Tensor? scale, Tensor centroids, str feature_type, int start, int num_frames, "
@@ -215,20 +215,21 @@ def _assign(
     _check_numbers(op, feature_type, ecg, centroids, scale)
     if scale is not None and scale.shape != ecg.shape[:-1]:
         raise ValueError(f"{op}: scale must be floating point {list(ecg.shape[:-1])}, got {describe(scale)}")
-    records = ecg.detach().view(-1, NUM_LEADS, ecg.shape[-1]) if ecg.ndim == 2 else ecg.detach()
-    scale = None if scale is None else scale.detach().view(-1, NUM_LEADS) if ecg.ndim == 2 else scale.detach()
-    centroids = centroids.detach().float()
+    records, units, centroids = ecg.detach(), None if scale is None else scale.detach(), centroids.detach().float()
+    if ecg.ndim == 2:
+        records, units = records[None], None if units is None else units[None]
     if plan.trims is None and records.is_contiguous():
-        labels = _labels(feature_type, plan, records.flatten(1), scale, centroids, normalize)
+        labels = _labels(feature_type, plan, records.flatten(1), units, centroids, normalize)
     else:
-        step = max(1, _COPY_BYTES[ecg.device.type] // (max(4, ecg.element_size()) * NUM_LEADS * ecg.shape[-1]))
         labels = ecg.new_empty(len(records), plan.num_frames, dtype=torch.int64)
+        step = max(1, _COPY_BYTES[ecg.device.type] // (max(4, ecg.element_size()) * NUM_LEADS * ecg.shape[-1]))
         for first in range(0, len(records), step):
-            part, units = records[first : first + step], None if scale is None else scale[first : first + step]
-            if plan.trims is not None and units is not None:
+            some = slice(first, first + step)
+            part, per_lead = records[some], None if units is None else units[some]
+            if plan.trims is not None and per_lead is not None:
                 # Trimmed leads need not be equally long.
-                part, units = part * units.float()[..., None], None
-            labels[first : first + step] = _labels(feature_type, plan, plan.joined(part), units, centroids, normalize)
+                part, per_lead = part * per_lead.float()[..., None], None
+            labels[some] = _labels(feature_type, plan, plan.joined(part), per_lead, centroids, normalize)
     return labels[0] if ecg.ndim == 2 else labels
 
 
