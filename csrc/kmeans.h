@@ -24,6 +24,8 @@ void kmeans_accumulate_cuda(Tensor x, Tensor labels, Tensor sums, Tensor counts,
 //   inertia [] float64 (written); the others as above. On the CPU, P = 1 shares the clusters among the threads.
 void kmeans_step_cpu(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
                      Tensor partial_sums, Tensor partial_counts);
+void kmeans_step_cuda(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
+                      Tensor partial_sums, Tensor partial_counts, intptr_t stream);
 
 inline bool is_points(Tensor x) { return x.ndim() == 2 && (x.is<float>() || x.is<double>()) && x.contiguous(); }
 

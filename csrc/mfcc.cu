@@ -14,7 +14,7 @@ template <int N, bool kFull>
 __global__ void __launch_bounds__(kWarps* kWarp, 4)
     mfcc_small(const float* frames, MfccView t, float* out, int64_t F, int tile_floats) {
   HUBERT_ECG_SHARED(unsigned char, shared);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, pitch = row_pitch(t.S);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, pitch = row_pitch(kFull ? N : t.S);
   float* const tile = reinterpret_cast<float*>(shared) + warp * tile_floats;
   const SmallMfcc tables = small_mfcc(shared + kWarps * tile_floats * sizeof(float), N, t.M);
   double* const exact = tables.exact + warp * (N + t.M);
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4)
   const int64_t step = int64_t(gridDim.x) * kWarps * kWarp;
   for (int64_t first = (int64_t(blockIdx.x) * kWarps + warp) * kWarp; first < F; first += step) {
     const int count = int(F - first < kWarp ? F - first : kWarp);
-    copy_rows(frames + first * t.S, count, t.S, tile, pitch, lane);
+    copy_rows(frames + first * t.S, count, kFull ? N : t.S, tile, pitch, lane);
     copy_wait();
     __syncwarp();
     // Lanes beyond the last frame compute what nobody reads.

@@ -61,12 +61,15 @@ struct NearestMemory {
     return 2 * (kPoints + kTile) * kPitch * sizeof(Bfloat16) +
            (kThreads * kScorePitch + kTile + kPoints + 4 + (dim + 3) / 4 * 4) * sizeof(float);
   }
+  // The first part, points and scores, is free for other use between calls.
+  static constexpr size_t kFree = 2 * kPoints * kPitch * sizeof(Bfloat16) + kThreads * kScorePitch * sizeof(float);
   __device__ explicit NearestMemory(unsigned char* at) {
     Bfloat16* const split = reinterpret_cast<Bfloat16*>(at);
     points = {split, split + kPoints * kPitch};
-    centroids = {split + 2 * kPoints * kPitch, split + (2 * kPoints + kTile) * kPitch};
-    scores = reinterpret_cast<float*>(split + 2 * (kPoints + kTile) * kPitch);
-    half = scores + kThreads * kScorePitch;
+    scores = reinterpret_cast<float*>(split + 2 * kPoints * kPitch);
+    Bfloat16* const kept = reinterpret_cast<Bfloat16*>(at + kFree);
+    centroids = {kept, kept + kTile * kPitch};
+    half = reinterpret_cast<float*>(kept + 2 * kTile * kPitch);
     half_x = half + kTile;
     longest = half_x + kPoints;
     shift = longest + 4;

@@ -46,3 +46,14 @@ def kmeans_assign_cuda(x: Any, centroids: Any, labels: Any, stream: int) -> None
 def kmeans_accumulate_cuda(
     x: Any, labels: Any, sums: Any, counts: Any, partial_sums: Any, partial_counts: Any, stream: int
 ) -> None: ...
+def kmeans_step_cuda(
+    x: Any,
+    centroids: Any,
+    labels: Any,
+    sums: Any,
+    counts: Any,
+    inertia: Any,
+    partial_sums: Any,
+    partial_counts: Any,
+    stream: int,
+) -> None: ...
