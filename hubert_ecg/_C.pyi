@@ -57,3 +57,20 @@ def kmeans_step_cuda(
     partial_counts: Any,
     stream: int,
 ) -> None: ...
+def frame_assign_cuda(
+    ecg: Any,
+    scale: Any,
+    centroids: Any,
+    window: Any,
+    circle: Any,
+    bank: Any,
+    dct: Any,
+    frame_circle: Any,
+    ends: Any,
+    labels: Any,
+    kind: int,
+    start: int,
+    frame_length: int,
+    normalize: bool,
+    stream: int,
+) -> None: ...
