@@ -92,6 +92,7 @@ __global__ void assign(const T* x, const T* centroids, int64_t* labels, int64_t 
 constexpr int kGroups = 2;
 using Memory = NearestMemory<kGroups>;
 
+template <bool kSmall>
 __global__ void __launch_bounds__(Memory::kThreads, 2)
     assign_split(const float* x, const float* centroids, int64_t* labels, int64_t n, int num_k, int dim) {
   HUBERT_ECG_SHARED(unsigned char, shared);
@@ -101,8 +102,8 @@ __global__ void __launch_bounds__(Memory::kThreads, 2)
   bool fresh = true;
   for (int64_t first = int64_t(blockIdx.x) * kPoints; first < n; first += int64_t(gridDim.x) * kPoints) {
     const int rows = int(n - first < kPoints ? n - first : kPoints);
-    nearest_of_block(mem, x + first * dim, rows, centroids, num_k, dim, fresh,
-                     [&](int row, int k) { labels[first + row] = k; });
+    nearest_of_block<kSmall>(mem, x + first * dim, rows, centroids, num_k, dim, fresh,
+                             [&](int row, int k) { labels[first + row] = k; });
     fresh = false;
   }
 }
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(Memory::kThreads, 2)
   const int64_t begin = int64_t(blockIdx.x) * chunk, end = begin + chunk < n ? begin + chunk : n;
   for (int64_t first = begin; first < end; first += kPoints) {
     const int rows = int(end - first < kPoints ? end - first : kPoints);
-    nearest_of_block(mem, x + first * dim, rows, centroids, num_k, dim, first == begin, [&](int row, int k) {
+    nearest_of_block<true>(mem, x + first * dim, rows, centroids, num_k, dim, first == begin, [&](int row, int k) {
       near_labels[row] = k;
       labels[first + row] = k;
     });
@@ -285,8 +286,9 @@ void run_assign(const char* op, Tensor x, Tensor centroids, Tensor labels, intpt
     if (x.size(1) > 0 && x.size(1) <= kMostDim && centroids.size(0) < (int64_t(1) << 30)) {
       const int dim = int(x.size(1));
       const int64_t blocks = std::min<int64_t>((n + kPoints - 1) / kPoints, 2 * num_multiprocessors());
-      allow_shared(op, assign_split, Memory::bytes(dim));
-      HUBERT_ECG_LAUNCH(assign_split, static_cast<unsigned>(blocks), Memory::kThreads, Memory::bytes(dim), stream,
+      const auto kernel = dim <= kDepth ? assign_split<true> : assign_split<false>;
+      allow_shared(op, kernel, Memory::bytes(dim));
+      HUBERT_ECG_LAUNCH(kernel, static_cast<unsigned>(blocks), Memory::kThreads, Memory::bytes(dim), stream,
                         x.data<float>(), centroids.data<float>(), labels.data<int64_t>(), n, int(centroids.size(0)),
                         dim);
       check_cuda(op, cudaGetLastError());

@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) label_kernel(Plan p, int64_t
       __syncthreads();
     }
     int64_t* const labels = p.labels + g.record * p.num_frames + g.first;
-    nearest_of_block(mem, x + (g.first - g.from) * p.width, g.count, p.centroids, p.num_k, p.width,
-                     i == int64_t(blockIdx.x), [&](int row, int k) { labels[row] = k; });
+    nearest_of_block<true>(mem, x + (g.first - g.from) * p.width, g.count, p.centroids, p.num_k, p.width,
+                           i == int64_t(blockIdx.x), [&](int row, int k) { labels[row] = k; });
   }
 }
 

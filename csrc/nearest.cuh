@@ -92,12 +92,13 @@ __device__ inline void find_shift(const float* centroids, int num_k, int dim, fl
 }
 
 // Splits dimensions [from, from + kDepth) of kRows rows, of which `rows` exist, 16 lanes to a row. half[row] becomes
-// |row|^2 / 2 of the dimensions so far, `missing` for rows that do not exist.
-template <int kRows, int kThreads>
+// |row|^2 / 2 of the dimensions so far, `missing` for rows that do not exist. kAhead: rows that are read before the
+// first is written.
+template <int kRows, int kThreads, int kAhead>
 __device__ __forceinline__ void split_rows(const float* x, int rows, int dim, int from, const float* shift,
                                            const Split& to, float missing, float* half) {
   const int sub = threadIdx.x % 16;
-#pragma unroll 2
+#pragma unroll kAhead
   for (int row = threadIdx.x / 16; row < kRows; row += kThreads / 16) {
     float squares = 0;
 #pragma unroll
@@ -216,38 +217,45 @@ __device__ inline int settle(const Lowest& low, float gap, const float* x, const
 }
 
 // Labels of `rows` <= 128 points x [rows, dim] by a block of kGroups x 4 warps: label(row, k) is called once for each,
-// by one lane. `fresh`: the memory holds no centroids yet. All threads take part, and a barrier ends it.
-template <int kGroups, class Label>
+// by one lane. kSmall: dim <= kDepth. `fresh`: the memory holds no centroids yet. All threads take part, and a barrier
+// ends it.
+template <bool kSmall, int kGroups, class Label>
 __device__ void nearest_of_block(const NearestMemory<kGroups>& mem, const float* x, int rows, const float* centroids,
                                  int num_k, int dim, bool fresh, const Label& label) {
   using Memory = NearestMemory<kGroups>;
   constexpr int kThreads = Memory::kThreads, kTile = Memory::kTile;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
-  // Centroids that all fit stay for the next points.
-  const bool stay = num_k <= kTile && dim <= kDepth;
   const Split my_points = {mem.points.hi + warp % 4 * 32 * kPitch, mem.points.lo + warp % 4 * 32 * kPitch},
               my_centroids = {mem.centroids.hi + group * kColumns * kPitch,
                               mem.centroids.lo + group * kColumns * kPitch};
+  // Centroids that all fit stay for the next points.
+  const bool move = !kSmall || fresh || num_k > kTile;
   Lowest low = nothing_yet();
-  float longest = fresh || !stay ? 0 : *mem.longest;
+  float longest = move ? 0 : *mem.longest;
+  if constexpr (kSmall) split_rows<kPoints, kThreads, 4>(x, rows, dim, 0, mem.shift, mem.points, 0.0f, mem.half_x);
   for (int k0 = 0; k0 < num_k; k0 += kTile) {
+    const float* const next = centroids + int64_t(k0) * dim;
+    if (kSmall && move)
+      split_rows<kTile, kThreads, 4>(next, num_k - k0, dim, 0, mem.shift, mem.centroids, INFINITY, mem.half);
     Products sum[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) nvcuda::wmma::fill_fragment(sum[i][j], 0.0f);
-    for (int from = 0; from < dim; from += kDepth) {
-      if (k0 == 0 || dim > kDepth)
-        split_rows<kPoints, kThreads>(x, rows, dim, from, mem.shift, mem.points, 0.0f, mem.half_x);
-      if (fresh || !stay)
-        split_rows<kTile, kThreads>(centroids + int64_t(k0) * dim, num_k - k0, dim, from, mem.shift, mem.centroids,
-                                    INFINITY, mem.half);
+    if constexpr (kSmall) {
       __syncthreads();
-      const int steps = ((dim - from < kDepth ? dim - from : kDepth) + 15) / 16;
-      add_products(my_points, my_centroids, steps, sum);
-      __syncthreads();
+      add_products(my_points, my_centroids, (dim + 15) / 16, sum);
+    } else {
+      // Few rows ahead: the sums take most registers.
+      for (int from = 0; from < dim; from += kDepth) {
+        split_rows<kPoints, kThreads, 2>(x, rows, dim, from, mem.shift, mem.points, 0.0f, mem.half_x);
+        split_rows<kTile, kThreads, 2>(next, num_k - k0, dim, from, mem.shift, mem.centroids, INFINITY, mem.half);
+        __syncthreads();
+        add_products(my_points, my_centroids, ((dim - from < kDepth ? dim - from : kDepth) + 15) / 16, sum);
+        __syncthreads();
+      }
     }
-    if (fresh || !stay)
+    if (move)
       for (int k = lane; k < kTile && k0 + k < num_k; k += 32) longest = mem.half[k] > longest ? mem.half[k] : longest;
     take_scores(sum, mem.half + group * kColumns, k0 + group * kColumns, mem.scores + warp * 32 * kScorePitch, low);
     __syncthreads();
