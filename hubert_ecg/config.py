@@ -29,9 +29,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 # field -> (what it must be, whether a value is)
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("sampling_rate", "learning_rate", "adam_eps", "tol"), ("greater than 0", lambda x: 0 < x < math.inf)
-    ),
+    **dict.fromkeys(("sampling_rate", "learning_rate", "adam_eps"), ("greater than 0", lambda x: 0 < x < math.inf)),
     # Twelve leads of it hold a token at each sampling rate.
     "crop_s": ("at least 0.1 seconds", lambda x: 0.1 <= x < math.inf),
     **dict.fromkeys(
@@ -43,7 +41,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("at least 1", lambda x: x >= 1),
     ),
     **dict.fromkeys(
-        ("num_workers", "seed", "weight_decay", "clip_norm", "validate_every", "patience"),
+        ("num_workers", "seed", "weight_decay", "clip_norm", "validate_every", "patience", "tol"),
         ("at least 0", lambda x: 0 <= x < math.inf),
     ),
     **dict.fromkeys(
@@ -116,7 +114,8 @@ class ExtractConfig(DataConfig):
     """Extract the features that are clustered into pseudo-labels, one vector for each token.
 
     Args:
-        output_path: File to write: .pkl (plain containers and arrays) or .npz.
+        output_path: What to write: a folder, which may be larger than memory, or a .pkl (plain containers and arrays)
+            or .npz file, which may not.
         feature_type: mfcc (39 numbers a token), time_freq (16) or mixed (29).
         crop_s: Seconds of each record, from its beginning.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
@@ -133,11 +132,13 @@ class ClusterConfig(_Checked):
     """Cluster features with k-means; the cluster of a token is its pseudo-label.
 
     Args:
-        features_path: Features written by the extract command (.pkl or .npz).
+        features_path: Features written by the extract command: a folder, .pkl or .npz.
         output_path: File to write: .pkl (plain containers and arrays) or .safetensors.
         num_clusters: Number of clusters K.
+        init: How the first centres are chosen: k-means++ (on a sample), k-means|| (on all tokens) or random tokens.
         num_init: Starts; the one with the least inertia is kept.
-        max_iter: Lloyd iterations of a start at most.
+        batch_size: Fit on mini-batches of this many tokens. Default: on all of them at a time.
+        max_iter: Lloyd iterations of a start at most; with batch_size, passes over the tokens.
         tol: Stop when the centres move less than this, relative to the variance of the features.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
         seed: Seed of the starts.
@@ -146,7 +147,9 @@ class ClusterConfig(_Checked):
     features_path: Path
     output_path: Path
     num_clusters: int = 100
+    init: Literal["k-means++", "k-means||", "random"] = "k-means++"
     num_init: int = 1
+    batch_size: int | None = None
     max_iter: int = 100
     tol: float = 1e-4
     device: str = "auto"

@@ -6,12 +6,13 @@ points       Rows, wherever they lie, block by block: arrays, memory maps, sourc
 ranks        Sums over the processes that hold a shard each.
 starts       First centres: k-means++, k-means||, random rows.
 lloyd        Iterations on all points or on mini-batches, and clusters that run empty.
+telling      What a fit says while it runs.
 quality      :func:`scores`.
 ===========  ========================================================================================================
 """
 
 from hubert_ecg.clustering.kmeans import KMeans
-from hubert_ecg.clustering.points import BlockSource
+from hubert_ecg.clustering.points import BlockSource, forget_pages
 from hubert_ecg.clustering.quality import scores
 
-__all__ = ["BlockSource", "KMeans", "scores"]
+__all__ = ["BlockSource", "KMeans", "forget_pages", "scores"]

@@ -286,6 +286,14 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
+def forget_pages(x: np.ndarray) -> None:
+    """Gives what was read of a memory map back to the system; it is read again when it is looked at again."""
+    mapped = _memory_map(x)
+    # What was changed in a private map exists nowhere else.
+    if mapped is not None and mapped.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
 class _InMemory:
     """A tensor."""
 
@@ -306,11 +314,9 @@ class _Mapped:
 
     streamed, has_take = True, True
 
-    def __init__(self, op: str, x: np.ndarray, mapped: np.memmap) -> None:
+    def __init__(self, op: str, x: np.ndarray) -> None:
         self.x, self.shape, self.device = x, x.shape, torch.device("cpu")
         self.dtype = to_tensor(x[:0].copy(), f"{op}: x").dtype
-        # What was changed in a private map exists nowhere else.
-        self._mmap = mapped._mmap if mapped.mode != "c" and hasattr(mmap, "MADV_DONTNEED") else None  # type: ignore
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
         return (self._copy(slice(first, first + rows)) for first in range(0, len(self.x), rows))
@@ -321,8 +327,7 @@ class _Mapped:
 
     def _copy(self, rows: slice | np.ndarray) -> Tensor:
         block = to_tensor(np.array(self.x[rows]), "x")
-        if self._mmap is not None:
-            self._mmap.madvise(mmap.MADV_DONTNEED)
+        forget_pages(self.x)
         return block
 
 
@@ -370,8 +375,8 @@ class _Source:
 def _reader(op: str, x: ArrayLike | BlockSource) -> Any:
     if not isinstance(x, Tensor | np.ndarray) and callable(getattr(x, "blocks", None)):
         return _Source(op, x)
-    if isinstance(x, np.ndarray) and (mapped := _memory_map(x)) is not None:
-        return _Mapped(op, x, mapped)
+    if isinstance(x, np.ndarray) and _memory_map(x) is not None:
+        return _Mapped(op, x)
     return _InMemory(as_tensor(f"{op}: x", x))
 
 

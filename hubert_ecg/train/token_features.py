@@ -1,0 +1,161 @@
+"""Features of the tokens of many records: in a file, or in a folder that is read piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hubert_ecg.clustering import forget_pages
+from hubert_ecg.config import UserError
+from hubert_ecg.data import plain_pickle
+from hubert_ecg.files import replacing, write_json
+
+_ARRAYS = ("features", "valid")
+# Written last: a folder without it is unfinished.
+_FACTS = "records.json"
+# Records whose tokens are picked at a time, wherever in a folder they lie: each brings pages of its file with it.
+_PICKED_RECORDS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFeatures:
+    """Features of the tokens of many records, as the extract command writes them.
+
+    A path that ends in .pkl or .npz is one file, held in memory whole; any other is a folder of ``features.npy``,
+    ``valid.npy`` and ``records.json``, which is mapped and may be larger than memory.
+
+    Args:
+        features: ``[N, tokens, D] float32``.
+        valid: ``[N, tokens] bool``: False where a token sees padding.
+        record_ids: N names.
+        settings: How they were made.
+    """
+
+    features: np.ndarray
+    valid: np.ndarray
+    record_ids: list[str]
+    settings: dict[str, Any]
+
+    @staticmethod
+    def allocate(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays of features and valid tokens to fill and then to save at ``path``: in its folder, or in memory."""
+        if path.suffix in (".pkl", ".npz"):
+            return np.empty(shape, np.float32), np.empty(shape[:2], bool)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _FACTS).unlink(missing_ok=True)
+        features = np.lib.format.open_memmap(path / "features.npy", "w+", np.float32, shape)
+        return features, np.lib.format.open_memmap(path / "valid.npy", "w+", np.bool_, shape[:2])
+
+    def save(self, path: Path) -> None:
+        """Writes a .pkl of plain containers and arrays, an .npz, or a folder; it appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pkl":
+            plain_pickle.dump(vars(self), path)
+        elif path.suffix == ".npz":
+            ids, settings = np.array(self.record_ids), np.array(json.dumps(self.settings))
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, features=self.features, valid=self.valid, record_ids=ids, settings=settings)
+        else:
+            for name in _ARRAYS:
+                array, place = getattr(self, name), path / f"{name}.npy"
+                if isinstance(array, np.memmap) and Path(str(array.filename)) == place.resolve():
+                    array.flush()
+                    continue
+                with replacing(place) as temporary, temporary.open("wb") as file:
+                    np.save(file, array)
+            write_json(path / _FACTS, {"settings": self.settings, "record_ids": self.record_ids})
+
+    @classmethod
+    def load(cls, path: Path) -> TokenFeatures:
+        """Reads what :meth:`save` wrote, without running anything that the file may hold.
+
+        Raises:
+            UserError: no such file or folder, or not one of features.
+        """
+        if not path.exists():
+            raise UserError(f"no features at {path}; make them with hubert-ecg extract")
+        check_path(path)
+        if path.is_dir() and not (path / _FACTS).is_file():
+            raise UserError(f"features {path} are unfinished or none: no {_FACTS} in it; run hubert-ecg extract again")
+        try:
+            if path.is_dir():
+                facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+                features, valid = (np.load(path / f"{name}.npy", "r", allow_pickle=False) for name in _ARRAYS)
+                loaded = cls(features, valid, facts["record_ids"], facts["settings"])
+            elif path.suffix == ".pkl":
+                loaded = cls(**plain_pickle.load(path))
+            else:
+                with np.load(path, allow_pickle=False) as file:
+                    settings = json.loads(str(file["settings"]))
+                    loaded = cls(file["features"], file["valid"], file["record_ids"].tolist(), settings)
+            shape, kinds = loaded.features.shape, (loaded.features.dtype.kind, loaded.valid.dtype)
+            if len(shape) != 3 or loaded.valid.shape != shape[:2] or kinds != ("f", np.bool_):
+                raise ValueError(f"features {loaded.features.dtype}{list(shape)}, valid {list(loaded.valid.shape)}")
+            return loaded
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{path} does not hold features of hubert-ecg extract ({error})") from error
+
+
+class ValidTokens:
+    """The valid tokens of some records in order, as points to cluster: see ``hubert_ecg.clustering.BlockSource``.
+
+    Args:
+        given: Where the records are.
+        first: First record.
+        last: The one after the last.
+        device: Where to cluster.
+    """
+
+    def __init__(self, given: TokenFeatures, first: int, last: int, device: torch.device) -> None:
+        self._features, self._valid = given.features[first:last], given.valid[first:last]
+        # Tokens before each record.
+        self._ends = np.concatenate([[0], np.cumsum(self._valid.sum(1, dtype=np.int64))])
+        self.shape = (int(self._ends[-1]), given.features.shape[2])
+        self.dtype, self.device = given.features.dtype, device
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """All tokens ``[N, D]`` at once."""
+        rows = np.empty(self.shape, self.dtype)
+        first = 0
+        for block in self.blocks(1 << 16):
+            rows[first : first + len(block)] = block
+            first += len(block)
+        return rows
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """All tokens, about ``rows`` at a time."""
+        step = max(1, rows // max(self._features.shape[1], 1))
+        for first in range(0, len(self._features), step):
+            records = slice(first, first + step)
+            yield self._features[records][self._valid[records]]
+            forget_pages(self._features)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The tokens at ascending places."""
+        parts = [np.empty((0, self.shape[1]), self.dtype)]
+        records = np.searchsorted(self._ends, indices, side="right") - 1
+        for first in range(0, len(indices), _PICKED_RECORDS):
+            some = slice(first, first + _PICKED_RECORDS)
+            record, nth = records[some], indices[some] - self._ends[records[some]]
+            token = (np.cumsum(self._valid[record], 1, dtype=np.int64) > nth[:, None]).argmax(1)
+            parts.append(self._features[record, token])
+            forget_pages(self._features)
+        return np.concatenate(parts)
+
+
+def check_path(path: Path) -> None:
+    """Raises UserError where no features can be kept."""
+    if path.suffix not in ("", ".pkl", ".npz") and not path.is_dir():
+        raise UserError(f"{path} must end in .pkl or .npz, or be a folder: a name without a dot")
