@@ -176,6 +176,9 @@ def frame_assign_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (ecg, None, centroids, *how[:3], 1, *how[4:]), r"frame_assign: frame_length must be at least 2, got 1"
     lengths = (ecg, None, centroids, *how[:4], [4, 4], *how[5:])
     yield lengths, r"frame_assign: frames_per_lead must be .* add up to 9, got \[4, 4\]"
-    yield (ecg, None, centroids, *how[:5], -100.0, *how[6:]), r"frame_assign: sample_rate_hz must be positive, got -100"
+    yield (
+        (ecg, None, centroids, *how[:5], -100.0, *how[6:]),
+        r"frame_assign: sample_rate_hz must be positive and finite, got -100",
+    )
     yield (ecg, None, centroids, *how[:6], 60.0, 50.0, True), r"frame_assign: low_hz must be in \[0, 50\).*, got 60"
     yield ([1.0], None, centroids, *how), r"frame_assign: ecg must be a NumPy, CuPy or torch array, got list"
