@@ -171,7 +171,7 @@ HUBERT_ECG_INLINE void fft_quad(const V<T>* x, int64_t step, V<T>* X) {
 // The transform of odd length m of x[0], x[step], x[2 step], ...; overwrites x. Sums x_j + x_{m-j} meet the cosines,
 // differences the sines. turn: entries of the circle in 1 / m of a turn.
 template <class T>
-HUBERT_ECG_INLINE void fft_odd(V<T>* x, int64_t step, int64_t m, V<T>* X, const T* circle, int64_t turn) {
+HUBERT_ECG_TARGET static void fft_odd(V<T>* x, int64_t step, int64_t m, V<T>* X, const T* circle, int64_t turn) {
   constexpr int kBins = 4;
   const int64_t half = m / 2;
   V<T> total = x[0];
@@ -203,8 +203,8 @@ HUBERT_ECG_INLINE void fft_odd(V<T>* x, int64_t step, int64_t m, V<T>* X, const 
 
 // The transform of odd length m = radix * q of x[0], x[step], ...: transforms of length q, joined `radix` at a time.
 template <class T>
-HUBERT_ECG_INLINE void fft_odd_factors(V<T>* x, int64_t step, int64_t m, int64_t radix, V<T>* X, const T* circle,
-                                       int64_t turn) {
+HUBERT_ECG_TARGET static void fft_odd_factors(V<T>* x, int64_t step, int64_t m, int64_t radix, V<T>* X, const T* circle,
+                                              int64_t turn) {
   if (radix == 1) return fft_odd<T>(x, step, m, X, circle, turn);
   const int64_t q = m / radix;
   V<T> re[RealFft::kMostRadix], im[RealFft::kMostRadix], A[RealFft::kMostRadix], B[RealFft::kMostRadix];

@@ -24,7 +24,7 @@ def by_scipy(x):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_samples", [3, 4, 5, 8, 12, 31, 32, 33, 45, 64, 96, 97, 128, 320, 322, 343, 500])
+@pytest.mark.parametrize("num_samples", [3, 4, 5, 8, 12, 31, 32, 33, 45, 64, 96, 97, 128, 225, 320, 322, 343, 500, 930])
 def test_equals_scipy(num_samples, backend):
     frames = 0.3 + np.random.default_rng(num_samples).standard_normal((40, num_samples)) ** 3
     with use_backend(backend):
