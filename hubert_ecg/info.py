@@ -30,7 +30,8 @@ def collect() -> dict[str, Any]:
     for name, op in sorted(OPS.items()):
         ops[name] = {
             device: {
-                "default": next(key for key, fn in table.items() if fn is op.pick(device)),
+                "default": op.picked(device),
+                "why": op.why(device),
                 "backends": list(table),
                 "missing": op.missing[device],
             }
@@ -71,11 +72,11 @@ def info(config: InfoConfig) -> None:
     console.print(f"{'cuda kernels':<14} {'built' if facts['native_cuda'] else 'not built'}", highlight=False)
     for key, value in {**facts["packages"], **facts["optional"]}.items():
         console.print(f"  {key:<16} {value}", highlight=False, markup=False)
-    table = Table("op", "device", "default", "backends", "missing, and why", title="ops")
+    table = Table("op", "device", "default", "why", "backends", "missing, and why", title="ops")
     for name, devices in facts["ops"].items():
         for device, row in devices.items():
-            why = "; ".join(f"{backend}: {reason}" for backend, reason in row["missing"].items())
-            table.add_row(name, device, row["default"], ", ".join(row["backends"]), why)
+            missing = "; ".join(f"{backend}: {reason}" for backend, reason in row["missing"].items())
+            table.add_row(name, device, row["default"], row["why"], ", ".join(row["backends"]), missing)
     console.print(table)
 
 

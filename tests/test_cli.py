@@ -109,6 +109,7 @@ def test_info_names_every_op_and_why_a_backend_is_missing(capsys):
     for devices in facts["ops"].values():
         for row in devices.values():
             assert row["default"] in row["backends"]
+            assert row["why"]
             assert all(row["missing"].values())
     assert cli.main(["info"]) == 0
     assert "mfcc" in capsys.readouterr().out

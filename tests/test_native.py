@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hubert_ecg import native
-from hubert_ecg.ops import OPS
+from hubert_ecg.ops import OPS, _op, use_backend
 
 
 def symbols(*flags):
@@ -51,3 +52,35 @@ def test_a_missing_backend_says_why():
         for device, table in op.backends.items():
             assert ("native" in table) != ("native" in op.missing[device])
             assert all(op.missing[device].values())
+
+
+@pytest.fixture
+def new_op(monkeypatch):
+    """An op with a kernel for each device, unknown to the table of checks until the test names it there."""
+    monkeypatch.setattr(_op, "LIBRARY", torch.library.Library("hubert_ecg", "FRAGMENT"))
+    monkeypatch.setattr(_op, "OPS", {})
+    monkeypatch.setattr(native, "find", lambda op, device: lambda *args: None)
+
+    def make(name):
+        op = _op.Op(f"{name}(Tensor x) -> Tensor", lambda x: x)
+        op.native(lambda kernel, x: x)
+        return op
+
+    return make
+
+
+def test_a_cuda_kernel_that_was_never_checked_is_not_the_default(new_op):
+    op = new_op("never_checked")
+    assert op.picked("cpu") == "native"
+    assert op.picked("cuda") == "reference"
+    assert op.why("cuda") == "native was never checked, on a GPU or in the host build"
+    with use_backend("native"):
+        assert op.picked("cuda") == "native"
+        assert op.why("cuda") == "asked for by use_backend"
+
+
+def test_a_checked_cuda_kernel_is_the_default_and_says_how(new_op, monkeypatch):
+    monkeypatch.setitem(_op.CUDA_CHECKS, "once_checked", "host build")
+    op = new_op("once_checked")
+    assert op.picked("cuda") == "native"
+    assert op.why("cuda") == "preferred; values checked: host build"

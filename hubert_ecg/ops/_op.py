@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from hubert_ecg import native
+from hubert_ecg.ops._checked import CUDA_CHECKS
 
 LIBRARY = torch.library.Library("hubert_ecg", "DEF")
 OPS: dict[str, Op] = {}
@@ -43,8 +44,10 @@ class Op:
 
     Attributes:
         call: the operator as torch knows it, to be called by the public function.
-        backends: device -> backend name -> function, from slow to fast.
+        backends: device -> backend name -> function; the last is the default. From slow to fast, but a kernel that
+            was never checked comes first: it runs where it is asked for by name.
         missing: device -> backend name -> why it is not there.
+        checks: device -> backend name -> how its values were checked; empty where they never were.
     """
 
     def __init__(self, schema: str, reference: Callable[..., Any]):
@@ -52,6 +55,7 @@ class Op:
         self.reference = reference
         self.backends: dict[str, dict[str, Callable[..., Any]]] = {d: {"reference": reference} for d in DEVICES}
         self.missing: dict[str, dict[str, str]] = {d: {} for d in DEVICES}
+        self.checks: dict[str, dict[str, str]] = {d: {"reference": "by definition"} for d in DEVICES}
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, lambda *args: self.pick("cpu")(*args), "CPU")
         LIBRARY.impl(self.name, lambda *args: self.pick("cuda")(*args), "CUDA")
@@ -62,15 +66,21 @@ class Op:
         """A backend made of other ops, on every device: for where this op has no kernel of its own, but they do."""
         for device in DEVICES:
             self.backends[device]["composed"] = fn
+            self.checks[device]["composed"] = "as the ops it is made of"
 
     def native(self, allocate_and_run: Callable[..., Any]) -> None:
         """The C++ and CUDA backend: ``fn(kernel, *args)`` allocates the outputs and runs ``kernel`` into them."""
         for device in DEVICES:
             kernel = native.find(self.name, device)
-            if kernel is not None:
-                self.backends[device]["native"] = functools.partial(allocate_and_run, kernel)
-            else:
+            if kernel is None:
                 self.missing[device]["native"] = native.why_missing or f"built without {device} kernels for this op"
+                continue
+            backend = {"native": functools.partial(allocate_and_run, kernel)}
+            # tests/ops/test_every_op.py finds every kernel of the CPU by itself.
+            checked = "tests" if device == "cpu" else CUDA_CHECKS.get(self.name, "")
+            others = self.backends[device]
+            self.backends[device] = {**others, **backend} if checked else {**backend, **others}
+            self.checks[device]["native"] = checked
 
     def fake(self, fn: Callable[..., Any]) -> None:
         """Shapes and dtypes of the outputs, for tracing."""
@@ -81,11 +91,25 @@ class Op:
         torch.library.register_autograd(f"hubert_ecg::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def pick(self, device: str) -> Callable[..., Any]:
-        """The backend that serves ``device`` now: the forced one where the op has it, else the fastest."""
+        """The backend that serves ``device`` now: the forced one where the op has it, else the default."""
+        return self.backends[device][self.picked(device)]
+
+    def picked(self, device: str) -> str:
+        """The name of the backend that serves ``device`` now."""
         table = self.backends[device]
         if _forced and _forced[-1] in table:
-            return table[_forced[-1]]
-        return next(reversed(table.values()))  # registered from slow to fast
+            return _forced[-1]
+        return next(reversed(table))
+
+    def why(self, device: str) -> str:
+        """Why :meth:`picked` is what it is."""
+        name, table = self.picked(device), self.backends[device]
+        if name != next(reversed(table)):
+            return "asked for by use_backend"
+        unchecked = [other for other in table if not self.checks[device][other]]
+        if unchecked:
+            return f"{unchecked[0]} was never checked, on a GPU or in the host build"
+        return f"preferred; values checked: {self.checks[device][name]}" if len(table) > 1 else "the only one here"
 
     def _said(self, what: str) -> Any:
         return getattr(sys.modules[self.reference.__module__], f"{self.name}_{what}")

@@ -18,6 +18,15 @@ __global__ void mistake(int which, float* out) {
     if (t < 16) out[t] = __shfl_xor_sync(0xffffu, float(t), 16);
   } else if (which == 4) {  // one element beyond the shared memory
     shared[t + 1] = float(t);
+  } else if (which == 5) {  // no wait between an asynchronous copy and its reader
+    __pipeline_memcpy_async(shared + t, out + t, 4);
+    __pipeline_commit();
+    out[t] = shared[t];
+  } else if (which == 6) {  // a tile of a tensor-core product that begins anywhere
+    using namespace nvcuda::wmma;
+    fragment<accumulator, 16, 16, 16, float> tile;
+    fill_fragment(tile, 0.0f);
+    store_matrix_sync(shared + 1, tile, 16, mem_row_major);
   } else {  // none
     shared[t] = float(t);
     __syncthreads();

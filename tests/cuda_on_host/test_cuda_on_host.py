@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch.utils.dlpack import to_dlpack
 
-from hubert_ecg.ops import OPS
+from hubert_ecg.ops import OPS, label_reference
+from hubert_ecg.ops._checked import CUDA_CHECKS
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -89,7 +90,62 @@ def runner(module, op: str):
 
 
 def of_dtype(args, dtype):
-    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    """Half precision stays where it is compared with itself in float64."""
+
+    def convert(a):
+        if not isinstance(a, torch.Tensor) or not a.is_floating_point() or a.dtype == dtype:
+            return a
+        if a.itemsize == 2 and dtype == torch.float32:
+            return a
+        return a.to(dtype)
+
+    return tuple(map(convert, args))
+
+
+def beside(x):
+    """The numbers of ``x`` at an address that no wide read may begin at."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def more_samples(op: str):
+    """What only the kernels' own limits make special: tile edges, fallbacks, odd addresses, doubtful frames, types."""
+    random = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+
+    if op == "mfcc":
+        t = torch.arange(64) / 100
+        waves = torch.sin((0.1 + 20 * torch.rand(70, 1, generator=random)) * t + 6 * torch.rand(70, 1, generator=random))
+        for scale in (1e-20, 1.0, 1e12, 1e30):
+            yield scale * waves, 100.0, 0.5, 50.0
+        yield beside(waves), 100.0, 0.5, 50.0
+        yield normal(300, 64), 100.0, 0.5, 50.0, 70, 16
+        for num_samples in (40, 61, 128):
+            yield beside(normal(33, num_samples)), 100.0, 0.5, 50.0
+    elif op == "time_freq":
+        for num_samples in (32, 64, 66):
+            yield (beside(normal(33, num_samples)),)
+        yield (normal(300, 64),)
+    elif op in ("kmeans_assign", "kmeans_step"):
+        for n, k, d in [(300, 64, 16), (129, 65, 47), (200, 128, 48), (130, 129, 49), (257, 200, 96), (5, 3, 4100)]:
+            yield beside(normal(n, d)), beside(normal(k, d))
+        # Scores within their rounding of each other: two centroids, and then more, that are nearly one.
+        centroids = normal(10, 60)
+        for times in (2, 5):
+            near = centroids.repeat(times, 1) * (1 + 1e-6 * normal(10 * times, 1))
+            yield centroids[torch.arange(200) % 10] + 0.1 * normal(200, 60), near
+        yield 1e3 + normal(100, 20), 1e3 + normal(90, 20)
+    elif op == "kmeans_accumulate":
+        for n, k, d in [(300, 500, 70), (1000, 400, 65), (500, 1, 33)]:
+            yield beside(normal(n, d)), torch.randint(0, k, (n,), generator=random), k
+    elif op == "frame_assign":
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            how = (9, 23, 64, [12, 11], 100.0, 0.5, 50.0, True)
+            for feature_type, width in label_reference.WIDTHS.items():
+                ecg = beside(normal(3, 1500).cumsum(1).sin().to(dtype))
+                x = label_reference.features(ecg.double(), None, feature_type, *how).flatten(0, 1)
+                yield ecg, None, label_reference._apart(x, (x[:20] + 0.01 * normal(20, width)).float()), feature_type, *how
 
 
 def check(module, op: str) -> int:
@@ -97,7 +153,7 @@ def check(module, op: str) -> int:
     run, count = runner(module, op), 0
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     try:
-        for sample in OPS[op].samples():
+        for sample in (*OPS[op].samples(), *more_samples(op)):
             for dtype, (rtol, atol) in OPS[op].tolerance.items():
                 args = of_dtype(sample, dtype)
                 got, want = run(*args), OPS[op].reference(*of_dtype(args, torch.float64))
@@ -129,6 +185,20 @@ def test_every_cuda_source_has_an_entry():
     declared = {stem: (CSRC / f"{stem}.h").read_text() for stem in stems}
     reached = {stem for stem, text in declared.items() if any(f"{op}_cuda(" in text for op in kernels())}
     assert reached == stems
+
+
+def test_what_is_checked_here_is_said():
+    assert {op for op, how in CUDA_CHECKS.items() if "host build" in how} == set(kernels())
+
+
+@pytest.mark.parametrize("op", ["kmeans_accumulate", "kmeans_step"])
+def test_sums_are_the_same_bits_in_any_order(op, host_module, monkeypatch):
+    run = runner(host_module, op)
+    for sample in (*OPS[op].samples(), *more_samples(op)):
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", "forward")
+        want = run(*sample)
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", "reverse")
+        torch.testing.assert_close(run(*sample), want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", kernels())
@@ -175,9 +245,11 @@ def mistakes(tmp_path_factory) -> Path:
         (2, "wait at a barrier or shuffle that the others never reach"),
         (3, "a shuffle reads a lane that takes no part"),
         (4, "heap-buffer-overflow"),
-        (5, "right"),
+        (5, "wrong"),
+        (6, "does not begin at a multiple of 32 bytes"),
+        (7, "right"),
     ],
-    ids=["barrier", "race", "shuffle", "mask", "overflow", "none"],
+    ids=["barrier", "race", "shuffle", "mask", "overflow", "wait", "tile", "none"],
 )
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_mistakes_are_found(which, said, order, mistakes):
