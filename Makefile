@@ -40,4 +40,5 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(VENV)/bin/pip install --disable-pip-version-check -e ".[dev,formats]"
 	# Kaldi's definition in plain Python, for parity tests; out of sight, because its binary fits another torch.
 	$(VENV)/bin/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchaudio torchaudio==2.7.1
+	@$(VENV)/bin/hubert-ecg info | grep "^cuda"
 	touch $(READY)

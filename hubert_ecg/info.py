@@ -69,7 +69,8 @@ def info(config: InfoConfig) -> None:
     for key in ("hubert-ecg", "python", "machine", "cpu_threads", "native_module"):
         console.print(f"{key:<14} {facts[key]}", highlight=False, soft_wrap=True)
     console.print(f"{'cuda devices':<14} {', '.join(facts['cuda_devices']) or 'none'}", highlight=False)
-    console.print(f"{'cuda kernels':<14} {'built' if facts['native_cuda'] else 'not built'}", highlight=False)
+    kernels = "built" if facts["native_cuda"] else "not built: nvcc was not on PATH; put it there and install again"
+    console.print(f"{'cuda kernels':<14} {kernels}", highlight=False, soft_wrap=True)
     for key, value in {**facts["packages"], **facts["optional"]}.items():
         console.print(f"  {key:<16} {value}", highlight=False, markup=False)
     table = Table("op", "device", "default", "why", "backends", "missing, and why", title="ops")
