@@ -68,9 +68,9 @@ def mfcc(
 
 def check_band(op: str, sample_rate_hz: float, low_hz: float, high_hz: float) -> None:
     """Raises ValueError, in the words of ``op``, where mel filters cannot cover the band."""
-    nyquist_hz = sample_rate_hz / 2
     if not 0 < sample_rate_hz < math.inf:
         raise ValueError(f"{op}: sample_rate_hz must be positive and finite, got {sample_rate_hz}")
+    nyquist_hz = sample_rate_hz / 2
     if not 0 <= low_hz < nyquist_hz:
         raise ValueError(f"{op}: low_hz must be in [0, {nyquist_hz:g}) at this sampling rate, got {low_hz}")
     if not low_hz < (high_hz if high_hz > 0 else nyquist_hz + high_hz) <= nyquist_hz:

@@ -116,7 +116,9 @@ def more_samples(op: str):
 
     if op == "mfcc":
         t = torch.arange(64) / 100
-        waves = torch.sin((0.1 + 20 * torch.rand(70, 1, generator=random)) * t + 6 * torch.rand(70, 1, generator=random))
+        waves = torch.sin(
+            (0.1 + 20 * torch.rand(70, 1, generator=random)) * t + 6 * torch.rand(70, 1, generator=random)
+        )
         for scale in (1e-20, 1.0, 1e12, 1e30):
             yield scale * waves, 100.0, 0.5, 50.0
         yield beside(waves), 100.0, 0.5, 50.0
@@ -145,7 +147,13 @@ def more_samples(op: str):
             for feature_type, width in label_reference.WIDTHS.items():
                 ecg = beside(normal(3, 1500).cumsum(1).sin().to(dtype))
                 x = label_reference.features(ecg.double(), None, feature_type, *how).flatten(0, 1)
-                yield ecg, None, label_reference._apart(x, (x[:20] + 0.01 * normal(20, width)).float()), feature_type, *how
+                yield (
+                    ecg,
+                    None,
+                    label_reference._apart(x, (x[:20] + 0.01 * normal(20, width)).float()),
+                    feature_type,
+                    *how,
+                )
 
 
 def check(module, op: str) -> int:
