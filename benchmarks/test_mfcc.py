@@ -119,3 +119,19 @@ def test_mfcc_batch(race, torchaudio, num_records):
     }
     curve = ("MFCC against records in a batch", num_records)
     race(lambda: ops.mfcc(frames), peers, "records", num_records, curve=curve)
+
+
+@pytest.mark.benchmark(group="mfcc")
+def test_mfcc_smooth(race, torchaudio):
+    """Slow waves, whose filters hold so little that every frame is computed again in float64."""
+    random = torch.Generator().manual_seed(0)
+    hz = 0.2 + 3 * torch.rand(NUM_RECORDS * NUM_TOKENS, 1, generator=random, dtype=torch.float64)
+    frames = torch.sin(2 * torch.pi * hz * torch.arange(64) / 100).float()
+    few = frames[:500]
+    exact = torchaudio_mfcc(torchaudio.kaldi, few.double())
+    assert_close(ops.mfcc(few), exact, rtol=0, atol=1e-3, name="ours")
+    peers = {
+        "torchaudio float64, as exact": lambda: torchaudio_mfcc(torchaudio.kaldi, frames.double()),
+        "torchaudio float32": lambda: torchaudio_mfcc(torchaudio.kaldi, frames),
+    }
+    race(lambda: ops.mfcc(frames), peers, "records", NUM_RECORDS)
