@@ -121,7 +121,7 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, int
       inertia[p] += isa<T>().add(x + i * dim, labels + i, size, dim, num_k, centroids, sum, count);
     }
   }
-#pragma omp parallel for num_threads(num_threads_for(num_k))
+#pragma omp parallel for num_threads(num_threads_for(num_chunks * num_k * dim >> 18))
   for (int64_t k = 0; k < num_k; ++k) {
     double* const sum = sums + k * dim;
     std::fill_n(sum, dim, 0.0);
