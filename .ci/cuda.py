@@ -1,7 +1,7 @@
-"""Compiles every csrc/*.cu for the GPUs that wheels are built for, and prints what each kernel takes of a multiprocessor.
+"""Compiles every csrc/*.cu for the GPUs that wheels are built for, and prints what each kernel takes.
 
-Fails on a compiler warning, and where a thread spills more than MOST_SPILLED bytes of registers to memory. Takes the nvcc on
-PATH, else the one of NVIDIA's wheels, installed beside the environment: neither needs a GPU.
+Fails on a compiler warning, and where a thread spills more than MOST_SPILLED bytes of registers to memory. Takes the
+nvcc on PATH, else the one of NVIDIA's wheels, installed beside the environment: neither needs a GPU.
 
     python .ci/cuda.py [FOLDER FOR NVCC]
 """

@@ -1,7 +1,7 @@
 """How the CUDA kernels were checked for their values. One that is not named here is never the default.
 
-``tests/cuda_on_host`` checks every kernel in the host build and fails where this table says another thing. A kernel whose
-tests marked ``cuda`` passed on a GPU has the GPU's name added: ``"host build; NVIDIA H100"``.
+``tests/cuda_on_host`` checks every kernel in the host build and fails where this table says another thing. A kernel
+whose tests marked ``cuda`` passed on a GPU has the GPU's name added: ``"host build; NVIDIA H100"``.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -82,8 +83,22 @@ struct Copy {
   size_t bytes;
 };
 
+// Where a thread of execution goes on. swapcontext would ask the system for the signal mask at each turn.
+struct Place {
+  ucontext_t first;
+  void* next[5];
+  bool begun = false;
+};
+
+__attribute__((noinline)) inline void go(Place& from, Place& to) {
+  if (__builtin_setjmp(from.next)) return;
+  from.begun = true;
+  if (to.begun) __builtin_longjmp(to.next, 1);
+  setcontext(&to.first);
+}
+
 struct Fiber {
-  ucontext_t context;
+  Place place;
   dim3 thread;
   int number;
   bool done;
@@ -93,6 +108,7 @@ struct Fiber {
 
 // Threads that meet: those of a block (warp -1), or those of a warp that a mask names.
 struct Meeting {
+  uint64_t mask;
   int arrived = 0;
   int64_t generation = 0;
 };
@@ -104,20 +120,27 @@ struct Block {
   int size = 0;
   bool progress = false;
   std::string failure;
-  ucontext_t scheduler;
-  std::map<std::pair<int, uint64_t>, Meeting> meetings;
+  Place scheduler;
+  std::deque<Meeting> meetings[33];  // of the block, then of each warp; nearly always by one mask
   std::vector<uint64_t> slots;  // a value of each thread, for the shuffles
 
   [[noreturn]] void fail(const std::string& why) {
     failure = why + " (thread " + std::to_string(fiber->number) + " of block " + std::to_string(index.x) + ")";
-    setcontext(&scheduler);
+    go(fiber->place, scheduler);
     std::abort();
+  }
+
+  static Meeting& meeting_of(std::deque<Meeting>& known, uint64_t mask) {
+    for (Meeting& meeting : known)
+      if (meeting.mask == mask) return meeting;
+    known.push_back({mask});
+    return known.back();
   }
 
   void wait(int warp, uint64_t mask) {
     int expected = size;
     if (warp >= 0) expected = __builtin_popcountll(mask);
-    Meeting& meeting = meetings[{warp, mask}];
+    Meeting& meeting = meeting_of(meetings[warp + 1], mask);
     progress = true;
     if (++meeting.arrived == expected) {
       meeting.arrived = 0;
@@ -125,7 +148,7 @@ struct Block {
       return;
     }
     for (const int64_t generation = meeting.generation; generation == meeting.generation;)
-      swapcontext(&fiber->context, &scheduler);
+      go(fiber->place, scheduler);
     progress = true;
   }
 
@@ -208,7 +231,7 @@ struct Entry {
     (*kernel)();
     block().fiber->done = true;
     block().progress = true;
-    setcontext(&block().scheduler);
+    go(block().fiber->place, block().scheduler);
   }
 };
 template <class Kernel>
@@ -225,7 +248,10 @@ void launch(void* function, dim3 grid, dim3 dim, size_t shared_bytes, const Kern
   }
   const char* const order = std::getenv("CUDA_ON_HOST_ORDER");
   const bool reverse = order && std::string(order) == "reverse";
-  const std::unique_ptr<unsigned char[]> stacks(new unsigned char[threads * kStack]);
+  // Of all launches, as long as the largest wants.
+  static std::unique_ptr<unsigned char[]> stacks;
+  static size_t num_stacks = 0;
+  if (threads > num_stacks) stacks.reset(new unsigned char[(num_stacks = threads) * kStack]);
   std::vector<Fiber> fibers(threads);
   Entry<Kernel>::kernel = &kernel;
   for (uint64_t at = 0; at < uint64_t(grid.x) * grid.y * grid.z; ++at) {
@@ -249,18 +275,20 @@ void launch(void* function, dim3 grid, dim3 dim, size_t shared_bytes, const Kern
       fiber.done = false;
       fiber.open.clear();
       fiber.batches.clear();
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks.get() + t * kStack;
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, Entry<Kernel>::run, 0);
+      ucontext_t& first = fiber.place.first;
+      fiber.place.begun = false;
+      getcontext(&first);
+      first.uc_stack.ss_sp = stacks.get() + t * kStack;
+      first.uc_stack.ss_size = kStack;
+      first.uc_link = nullptr;
+      makecontext(&first, Entry<Kernel>::run, 0);
     }
     for (size_t left = threads; left > 0;) {
       b.progress = false;
       left = 0;
       for (size_t t = 0; t < threads; ++t) {
         b.fiber = &fibers[reverse ? threads - 1 - t : t];
-        if (!b.fiber->done) swapcontext(&b.scheduler, &b.fiber->context);
+        if (!b.fiber->done) go(b.scheduler, b.fiber->place);
         if (!b.failure.empty()) throw std::runtime_error("cuda_on_host: " + b.failure);
         left += !b.fiber->done;
       }
