@@ -120,24 +120,30 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& d,
   struct Operands {
     decltype(&a) left;
     decltype(&b) right;
-  } mine{&a, &b};
+    decltype(&c) before;
+    decltype(&d) after;
+  } mine{&a, &b, &c, &d};
+  // One lane computes for all.
   host::together(&mine, [&](Operands* const* lanes) {
-    float left[16][16], right[16][16];
+    if (::hubert_ecg::host::lane() != 0) return;
+    double left[16][16], right[16][16];
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 8; ++i) {
         left[a.row(lane, i)][a.column(lane, i)] = __bfloat162float(lanes[lane]->left->x[i]);
-        right[b.row(lane, i)][b.column(lane, i)] = __bfloat162float(lanes[lane]->right->x[i]);
+        right[b.column(lane, i)][b.row(lane, i)] = __bfloat162float(lanes[lane]->right->x[i]);
       }
     }
-    const int lane = ::hubert_ecg::host::lane();
-    for (int i = 0; i < 8; ++i) {
-      float sum = c.x[i];
-      for (int k = 0; k < 16; k += 8) {
-        double exact = sum;
-        for (int j = k; j < k + 8; ++j) exact += double(left[c.row(lane, i)][j]) * right[j][c.column(lane, i)];
-        sum = host::toward_zero(exact);
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 8; ++i) {
+        const double *const row = left[c.row(lane, i)], *const column = right[c.column(lane, i)];
+        float sum = lanes[lane]->before->x[i];
+        for (int k = 0; k < 16; k += 8) {
+          double exact = sum;
+          for (int j = k; j < k + 8; ++j) exact += row[j] * column[j];
+          sum = host::toward_zero(exact);
+        }
+        lanes[lane]->after->x[i] = sum;
       }
-      d.x[i] = sum;
     }
   });
 }
