@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -107,6 +108,7 @@ struct Fiber {
 
 // Threads that meet: those of a block (warp -1), or those of a warp that a mask names.
 struct Meeting {
+  uint64_t mask;
   int arrived = 0;
   int64_t generation = 0;
 };
@@ -119,7 +121,7 @@ struct Block {
   bool progress = false;
   std::string failure;
   Place scheduler;
-  std::map<std::pair<int, uint64_t>, Meeting> meetings;
+  std::deque<Meeting> meetings[33];  // of the block, then of each warp; nearly always by one mask
   std::vector<uint64_t> slots;  // a value of each thread, for the shuffles
 
   [[noreturn]] void fail(const std::string& why) {
@@ -128,10 +130,17 @@ struct Block {
     std::abort();
   }
 
+  static Meeting& meeting_of(std::deque<Meeting>& known, uint64_t mask) {
+    for (Meeting& meeting : known)
+      if (meeting.mask == mask) return meeting;
+    known.push_back({mask});
+    return known.back();
+  }
+
   void wait(int warp, uint64_t mask) {
     int expected = size;
     if (warp >= 0) expected = __builtin_popcountll(mask);
-    Meeting& meeting = meetings[{warp, mask}];
+    Meeting& meeting = meeting_of(meetings[warp + 1], mask);
     progress = true;
     if (++meeting.arrived == expected) {
       meeting.arrived = 0;
@@ -239,7 +248,10 @@ void launch(void* function, dim3 grid, dim3 dim, size_t shared_bytes, const Kern
   }
   const char* const order = std::getenv("CUDA_ON_HOST_ORDER");
   const bool reverse = order && std::string(order) == "reverse";
-  const std::unique_ptr<unsigned char[]> stacks(new unsigned char[threads * kStack]);
+  // Of all launches, as long as the largest wants.
+  static std::unique_ptr<unsigned char[]> stacks;
+  static size_t num_stacks = 0;
+  if (threads > num_stacks) stacks.reset(new unsigned char[(num_stacks = threads) * kStack]);
   std::vector<Fiber> fibers(threads);
   Entry<Kernel>::kernel = &kernel;
   for (uint64_t at = 0; at < uint64_t(grid.x) * grid.y * grid.z; ++at) {

@@ -157,7 +157,7 @@ def more_samples(op: str):
 
 
 def check(module, op: str, most: int | None = None) -> int:
-    """Compares an op with its reference in float64 on its samples, of up to ``most`` numbers in a tensor; returns how many."""
+    """Compares an op with its reference in float64 on its samples, of up to ``most`` numbers; returns how many."""
     run, count = runner(module, op), 0
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     try:
