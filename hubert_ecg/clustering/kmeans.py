@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,9 @@ class KMeans:
             RuntimeError: Another rank cannot go on.
         """
         self._check_parameters("fit")
-        points = self._points("fit", x, weight=sample_weight, ranks=Ranks("KMeans.fit", distributed))
+        ranks = Ranks("KMeans.fit", distributed)
+        self._check_ranks_agree(ranks)
+        points = self._points("fit", x, weight=sample_weight, ranks=ranks)
         given = self._given_start("fit", points)
         # Every rank draws alike, whatever its own random_state is.
         seed = points.ranks.first(torch.tensor([int(np.random.default_rng(self.random_state).integers(1 << 63))]))
@@ -364,6 +367,17 @@ class KMeans:
         if isinstance(self.init, str) and self.init not in METHODS:
             want = f"{', '.join(map(repr, METHODS))} or an array [K, D]"
             raise ValueError(f"KMeans.{op}: init must be {want}, got {self.init!r}")
+
+    def _check_ranks_agree(self, ranks: Ranks) -> None:
+        names = [name for name in _FILED if name != "random_state"]
+        mine = [
+            value if isinstance(value := getattr(self, name), str | int | float | None) else "array" for name in names
+        ]
+        digests = torch.cat(ranks.gather(torch.tensor([zlib.crc32(repr(mine).encode())])))
+        others = (digests != digests[0]).nonzero().flatten().tolist()
+        if others:
+            want = f"{', '.join(names[:-1])} and {names[-1]} must be the same on all ranks"
+            raise ValueError(f"{ranks.op}: {want}, got others on rank {others[0]}")
 
     def _points(self, op: str, x: ArrayLike | BlockSource, **options: Any) -> Points:
         return Points(f"KMeans.{op}", x, normalize=bool(self.normalize), **options)

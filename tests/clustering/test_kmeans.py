@@ -1,33 +1,19 @@
-"""KMeans against scikit-learn's Lloyd, and what it does at the edges."""
+"""KMeans against scikit-learn's Lloyd, its arguments and its files."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from sklearn import cluster, metrics
+from sklearn import cluster
 
 import hubert_ecg
-from hubert_ecg import clustering, ops
-from hubert_ecg.clustering import points
+from hubert_ecg import KMeans, ops
 from hubert_ecg.config import UserError
 
-KMeans = clustering.KMeans
-
-
-def blobs(n=3000, d=13, k=12, seed=0, dtype=np.float32, spread=0.6):
-    random = np.random.default_rng(seed)
-    middles = random.normal(size=(k, d))
-    return (middles[random.integers(k, size=n)] + spread * random.normal(size=(n, d))).astype(dtype)
-
-
-def rows_of_length_one(x):
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(length > 0, length, 1)
+from .toy import blobs, rows_of_length_one
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -62,22 +48,6 @@ def test_weights_count_as_repetitions():
     assert weighted.score(x, sample_weight=times) == pytest.approx(-weighted.inertia_, rel=1e-12)
 
 
-@pytest.mark.parametrize("init", ["k-means++", "k-means||"])
-def test_starts_are_as_good_as_theirs(init):
-    x = blobs(4000, 8, 30, spread=0.2)
-    ours = [KMeans(30, init=init, normalize=False, random_state=seed).fit(x).inertia_ for seed in range(15)]
-    theirs = [cluster.KMeans(30, n_init=1, random_state=seed).fit(x).inertia_ for seed in range(15)]
-    assert np.mean(ours) < 1.1 * np.mean(theirs)
-    assert KMeans(30, init=init, normalize=False, n_init=15, random_state=0).fit(x).inertia_ <= 1.02 * min(ours)
-
-
-def test_k_means_plus_plus_takes_a_sample_of_many_points(monkeypatch):
-    monkeypatch.setitem(points._BLOCK, "cpu", 3000)  # and every pass is made in parts
-    x = blobs(70_000, 3, 5, spread=0.1)
-    model = KMeans(5, normalize=False, random_state=0).fit(x)
-    assert model.inertia_ == pytest.approx(cluster.KMeans(5, n_init=5, random_state=0).fit(x).inertia_, rel=1e-4)
-
-
 def test_one_seed_gives_one_result():
     x = blobs()
     one, same, other = (KMeans(20, random_state=seed).fit(x) for seed in (3, 3, 4))
@@ -99,95 +69,6 @@ def test_normalisation_belongs_to_the_model():
         np.testing.assert_allclose(model.normalized(np.full((1, 13), value, np.float32)), 13**-0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("batch_size", [None, 50])
-def test_the_points_given_stay_as_they_are(dtype, batch_size):
-    x = blobs(200, dtype=dtype)
-    before = x.copy()
-    model = KMeans(5, batch_size=batch_size, max_iter=3, random_state=0).fit(x).partial_fit(x)
-    model.predict(x), model.score(x), model.transform(x), model.normalized(x)
-    np.testing.assert_array_equal(x, before)
-
-
-@pytest.mark.parametrize(
-    "kind", ["numpy", "torch", "list", "float16", "read-only", "strided", "int", "big-endian", "long double"]
-)
-def test_any_kind_of_points(kind):
-    x = np.round(blobs(200, 4, 3) * 8)
-    give = {
-        "numpy": lambda: x,
-        "torch": lambda: torch.from_numpy(x),
-        "list": lambda: x.tolist(),
-        "float16": lambda: x.astype(np.float16),
-        "read-only": lambda: np.lib.stride_tricks.as_strided(x, writeable=False),
-        "strided": lambda: np.repeat(x, 2, axis=1)[:, ::2],
-        "int": lambda: x.astype(np.int32),
-        "big-endian": lambda: x.astype(">f4"),
-        "long double": lambda: x.astype(np.longdouble),
-    }[kind]()
-    model = KMeans(3, init=x[:3], normalize=False).fit(give)
-    want = KMeans(3, init=x[:3], normalize=False).fit(x)
-    np.testing.assert_allclose(model.cluster_centers_, want.cluster_centers_, rtol=1e-6)
-    predicted = model.predict(give)
-    assert isinstance(predicted, torch.Tensor if kind == "torch" else np.ndarray)
-    np.testing.assert_array_equal(predicted, want.labels_)
-    np.testing.assert_array_equal(KMeans(3, init=x[:3], normalize=False).fit_predict(give), want.labels_)
-
-
-def test_empty_clusters_are_moved_and_counted():
-    x = blobs(500, 3, 4, spread=0.1)
-    far = np.full((1, 3), 50, np.float32)
-    start = np.concatenate([x[:4], far, far + 1])
-    model = KMeans(6, init=start, normalize=False).fit(x)
-    assert model.empty_clusters_ == 2
-    assert len(np.unique(model.labels_)) == 6
-    theirs = cluster.KMeans(6, init=start, n_init=1, algorithm="lloyd").fit(x)
-    assert model.inertia_ == pytest.approx(theirs.inertia_, rel=1e-5)
-
-
-def test_fewer_different_points_than_clusters():
-    x = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)
-    for normalize in (False, True):
-        model = KMeans(5, normalize=normalize, random_state=0).fit(x)
-        assert model.inertia_ == pytest.approx(0, abs=1e-12)
-        assert np.isfinite(model.cluster_centers_).all()
-        assert model.empty_clusters_ > 0
-    assert KMeans(3, random_state=0).fit(np.zeros((5, 2))).inertia_ == 0
-    random = np.random.default_rng(0)
-    for dtype, _ in itertools.product((np.float32, np.float64), range(20)):
-        different = random.normal(size=(11, 17)).astype(dtype)
-        x = different[random.integers(11, size=1500)]
-        model = KMeans(21, init=x[:21], normalize=False).fit(x, sample_weight=random.uniform(0.1, 3, size=len(x)))
-        # Each move of an empty cluster can win one more point, and rounding is nothing to win.
-        assert model.inertia_ < 1e-9
-        assert model.n_iter_ < 20
-        np.testing.assert_array_equal(model.predict(x), model.labels_)
-    as_many = KMeans(4, normalize=False, random_state=0).fit(blobs(4))
-    assert as_many.inertia_ == pytest.approx(0, abs=1e-9)
-    assert sorted(as_many.labels_) == [0, 1, 2, 3]
-
-
-def test_mini_batches_come_close():
-    x = blobs(6000, 8, 10, spread=0.3)
-    whole = KMeans(10, random_state=0).fit(x)
-    small = KMeans(10, random_state=0, batch_size=512, max_iter=20).fit(x)
-    assert small.inertia_ < 1.1 * whole.inertia_
-    np.testing.assert_array_equal(small.predict(x), small.labels_)
-
-
-def test_partial_fit_is_the_mean_of_all_points_given():
-    x = blobs(900, 3, 3, dtype=np.float64, spread=0.01)
-    model = KMeans(3, normalize=False, random_state=0)
-    for part in np.split(x, 9):
-        model.partial_fit(part)
-    labels = model.predict(x)
-    for k in range(3):
-        np.testing.assert_allclose(model.cluster_centers_[k], x[labels == k].mean(0), rtol=1e-9)
-    assert model.n_iter_ == 9
-    again = KMeans.from_state(model.state()).partial_fit(x[:100])
-    np.testing.assert_array_equal(again.cluster_centers_, model.partial_fit(x[:100]).cluster_centers_)
-
-
 def test_transform_and_score():
     x = blobs(100, 5, 3)
     model = KMeans(3, random_state=0).fit(x)
@@ -196,13 +77,6 @@ def test_transform_and_score():
     np.testing.assert_allclose(distances, np.linalg.norm(unit[:, None] - model.cluster_centers_, axis=-1), atol=1e-6)
     np.testing.assert_array_equal(distances.argmin(1), model.labels_)
     assert model.score(x) == pytest.approx(-model.inertia_, rel=1e-9)
-
-
-def test_progress_is_told_the_falling_inertia():
-    x, told = blobs(), []
-    model = KMeans(8, random_state=0).fit(x, progress=lambda iteration, inertia: told.append((iteration, inertia)))
-    assert [iteration for iteration, _ in told] == list(range(1, model.n_iter_ + 1))
-    assert all(later <= earlier * (1 + 1e-9) for (_, earlier), (_, later) in itertools.pairwise(told))
 
 
 @pytest.mark.parametrize(
@@ -303,32 +177,3 @@ def test_labels_are_those_of_float64_on_hard_data():
         [((part[:, None].astype(np.float64) - centers) ** 2).sum(-1).argmin(1) for part in np.split(x, 40)]
     )
     np.testing.assert_array_equal(labels, exact)
-
-
-def test_scores_are_those_of_scikit_learn():
-    x = rows_of_length_one(blobs(dtype=np.float64))
-    model = KMeans(12, random_state=0).fit(x)
-    found = clustering.scores(x, model.labels_, model.cluster_centers_)
-    assert found["inertia"] == pytest.approx(model.inertia_)
-    assert found["davies_bouldin"] == pytest.approx(metrics.davies_bouldin_score(x, model.labels_))
-    assert found["calinski_harabasz"] == pytest.approx(metrics.calinski_harabasz_score(x, model.labels_))
-    share = np.bincount(model.labels_) / len(x)
-    assert found["cluster_use_entropy"] == pytest.approx(-(share * np.log(share)).sum() / math.log(12))
-    assert found["cluster_use_perplexity"] == pytest.approx(12 ** found["cluster_use_entropy"])
-    assert found["num_empty"] == 0
-    sampled = [clustering.scores(x, model.labels_, model.cluster_centers_, max_points=500, seed=1) for _ in range(2)]
-    assert sampled[0] == sampled[1]
-    assert sampled[0]["davies_bouldin"] == pytest.approx(found["davies_bouldin"], rel=0.2)
-    assert sampled[0]["inertia"] == found["inertia"]
-
-
-def test_scores_of_one_used_cluster_and_of_wrong_labels():
-    x, centers = np.zeros((4, 2)), np.zeros((3, 2))
-    found = clustering.scores(x, [1, 1, 1, 1], centers)
-    assert found["cluster_use_entropy"] == 0
-    assert found["cluster_use_perplexity"] == 1
-    assert found["num_empty"] == 2
-    assert math.isnan(found["davies_bouldin"])
-    for wrong in ([0, 1, 2, 3], [0, -1, 0, 0], [0, 1]):
-        with pytest.raises(ValueError, match="scores: labels must be"):
-            clustering.scores(x, wrong, centers)
