@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hubert_ecg import ops
-from hubert_ecg.clustering.lloyd import Run, Told, assess, batch_step, lloyd, mini_batches, spreads
+from hubert_ecg.clustering.lloyd import Run, Told, assess, batch_step, lloyd, mean_variance, mini_batches
 from hubert_ecg.clustering.points import ArrayLike, BlockSource, Points, as_given, as_tensor
 from hubert_ecg.clustering.ranks import Ranks
 from hubert_ecg.clustering.starts import METHODS, draw_start
@@ -135,8 +135,7 @@ class KMeans:
         # Every rank draws alike, whatever its own random_state is.
         seed = points.ranks.first(torch.tensor([int(np.random.default_rng(self.random_state).integers(1 << 63))]))
         random = np.random.default_rng(int(seed))
-        plain, spread = spreads(points)
-        tol = self.tol * float((plain.squares / plain.weight.clamp_min(1)).mean())
+        tol = self.tol * mean_variance(points)
         num_starts = self.n_init if given is None else 1
         best: Run | None = None
         with telling(points, self.verbose, num_starts, self.max_iter, progress) as told:
@@ -144,7 +143,7 @@ class KMeans:
                 start = draw_start(points, self.n_clusters, self.init, random) if given is None else given
                 limits: dict[str, Any] = {"tol": tol, "max_iter": self.max_iter, "told": told}
                 if self.batch_size is None:
-                    run = lloyd(points, start, spread, **limits)
+                    run = lloyd(points, start, **limits)
                 else:
                     run = mini_batches(points, start, batch_size=self.batch_size, random=random, **limits)
                 if best is None or run.inertia < best.inertia:
@@ -184,7 +183,7 @@ class KMeans:
             centers = draw_start(points, self.n_clusters, self.init, random) if given is None else given
             weights = torch.zeros(self.n_clusters, dtype=torch.float64, device=points.device)
         batch = points.take(np.arange(points.num_rows))
-        centers, weights, empty = batch_step(batch, points.ranks, points.num_rows, centers, weights)
+        centers, weights, _, empty = batch_step(batch, points, centers, weights)
         inertia, sizes, labels = assess(points, centers, keep_labels=True)
         iterations, empty_before = (self.n_iter_, self.empty_clusters_) if fitted else (0, 0)
         self._take(Run(centers, weights, sizes, inertia, iterations + 1, empty_before + empty, labels))

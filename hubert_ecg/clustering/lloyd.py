@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -33,58 +34,27 @@ class Run:
     labels: Tensor | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Weight, mean ``[D]`` and squared distances ``[D]`` to the mean, added up over rows, float64."""
-
-    weight: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __add__(self, other: Spread) -> Spread:
-        weight = self.weight + other.weight
-        share = other.weight / weight.clamp_min(1e-300)
-        step = other.mean - self.mean
-        return Spread(
-            weight, self.mean + step * share, self.squares + other.squares + step.square() * (self.weight * share)
-        )
-
-    @staticmethod
-    def zero(points: Points) -> Spread:
-        zeros = torch.zeros(points.width + 1, dtype=torch.float64, device=points.device)
-        return Spread(zeros[:1], zeros[1:], zeros[1:])
-
-    @staticmethod
-    def of(x: Tensor, weight: Tensor | None) -> Spread:
-        if weight is None:
-            mean = x.mean(0)
-            return Spread(x.new_tensor([len(x)]), mean, (x - mean).square_().sum(0))
-        total = weight.sum()[None]
-        mean = weight @ x / total.clamp_min(1e-300)
-        return Spread(total, mean, weight @ (x - mean).square_())
-
-
-def spreads(points: Points) -> tuple[Spread, Spread]:
-    """How the rows of all ranks spread, each row counted once, and by weight."""
-    plain = weighed = Spread.zero(points)
+def mean_variance(points: Points) -> float:
+    """Mean over the features of their variances among the rows of all ranks, weights aside."""
+    # Number of rows, mean and squared distances to it of each feature.
+    seen = torch.zeros(3, points.width, dtype=torch.float64, device=points.device)
     with points.ranks.together():
         for block in points.blocks():
             for part in chunks(block.x):
                 x = block.x[part].double()
-                plain += Spread.of(x, None)
-                if block.weight is not None:
-                    weighed += Spread.of(x, block.weight[part])
-    plain = _of_all_ranks(plain, points.ranks)
-    return plain, _of_all_ranks(weighed, points.ranks) if points.weighted else plain
+                mean = x.mean(0)
+                squares = (x - mean).square_().sum(0)
+                seen = _both(seen, torch.stack([torch.full_like(mean, len(x)), mean, squares]))
+    rows, _, squares = functools.reduce(_both, points.ranks.gather(seen[None]), torch.zeros_like(seen)[None])[0]
+    return float((squares / rows.clamp_min(1)).mean())
 
 
-def lloyd(points: Points, centers: Tensor, spread: Spread, *, tol: float, max_iter: int, told: Told | None) -> Run:
+def lloyd(points: Points, centers: Tensor, *, tol: float, max_iter: int, told: Told | None) -> Run:
     """Moves centres to the means of their points until they move no further.
 
     Args:
         points: The rows.
         centers: ``[K, D]``.
-        spread: Of the rows, by weight.
         tol: Stop when the squared ways of the centres add up to no more than this.
         max_iter: Iterations at most.
         told: What to call after each iteration.
@@ -92,10 +62,10 @@ def lloyd(points: Points, centers: Tensor, spread: Spread, *, tol: float, max_it
     empty = iteration = 0
     while iteration < max_iter:
         iteration += 1
-        sums, totals = _sweep(points.blocks(), points.ranks, centers, points.weighted)
+        sums, totals, inertia = _sweep(points.blocks(), points.ranks, centers)
         if told is not None:
-            told(iteration, _inertia_of_sums(spread, centers, sums, totals))
-        empty += _move_empty_clusters(points.blocks, points.ranks, points.total, centers, sums, totals)
+            told(iteration, inertia)
+        empty += _move_empty_clusters(points.blocks, points, centers, sums, totals)
         centers, old = _means(sums, totals, centers), centers
         if float((centers.double() - old.double()).square().sum()) <= tol:
             break
@@ -124,32 +94,24 @@ def mini_batches(
         iteration += 1
         before, inertia = centers, 0.0
         for batch in _batches(points, batch_size, int(random.integers(1 << 63))):
-            batch_total = torch.tensor([len(batch.x)])
-            points.ranks.sum(batch_total)
-            old = centers
-            centers, weights, found_empty = batch_step(batch, points.ranks, int(batch_total), centers, weights)
-            empty += found_empty
-            if told is not None:
-                inertia += _inertia(batch, old)
+            centers, weights, batch_inertia, found_empty = batch_step(batch, points, centers, weights)
+            inertia, empty = inertia + batch_inertia, empty + found_empty
         if told is not None:
-            whole = torch.tensor([inertia], dtype=torch.float64)
-            points.ranks.sum(whole)
-            told(iteration, float(whole))
+            told(iteration, inertia)
         if float((centers.double() - before.double()).square().sum()) <= tol:
             break
     inertia, sizes, labels = assess(points, centers, keep_labels=not points.streamed)
     return Run(centers, weights, sizes, inertia, iteration, empty, labels)
 
 
-def batch_step(
-    batch: Block, ranks: Ranks, batch_total: int, centers: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, int]:
-    """The centres after a mini-batch, the weight that each stands for, and how many clusters were empty."""
-    sums, totals = _sweep([batch], ranks, centers, batch.weight is not None)
+def batch_step(batch: Block, points: Points, centers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float, int]:
+    """The centres after a mini-batch of the points, the weight that each stands for, the inertia of the batch before,
+    and how many clusters were empty."""
+    sums, totals, inertia = _sweep([batch], points.ranks, centers)
     sums += centers.double() * weights[:, None]
     totals += weights
-    empty = _move_empty_clusters(lambda: [batch], ranks, batch_total, centers, sums, totals)
-    return _means(sums, totals, centers), totals, empty
+    empty = _move_empty_clusters(lambda: [batch], points, centers, sums, totals)
+    return _means(sums, totals, centers), totals, inertia, empty
 
 
 def assess(
@@ -174,34 +136,34 @@ def assess(
     return float(inertia), totals, kept
 
 
-def _step(x: Tensor, centers: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the rows nearest to each centre add up to, ``[K, D] float64``, and their number, int64, or weight."""
-    labels = ops.kmeans_assign(x, centers)
-    if weight is None:
-        return ops.kmeans_accumulate(x, labels, len(centers))
-    sums = torch.zeros(centers.shape, dtype=torch.float64, device=x.device)
-    for part in chunks(x):
-        sums += ops.kmeans_accumulate(x[part].double() * weight[part, None], labels[part], len(centers))[0]
-    return sums, torch.bincount(labels, weight, minlength=len(centers))
-
-
-def _sweep(blocks: Iterable[Block], ranks: Ranks, centers: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
-    """:func:`_step` over all blocks of all ranks; weights as float64."""
+def _step(block: Block, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the rows nearest to each centre add up to ``[K, D]``, their weight ``[K]``, and their inertia, float64."""
+    if block.weight is None:
+        _, sums, counts, inertia = ops.kmeans_step(block.x, centers)
+        return sums, counts, inertia
+    labels = ops.kmeans_assign(block.x, centers)
     sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)
-    # Numbers stay whole beyond 2^53 as int64.
-    totals = torch.zeros(len(centers), dtype=torch.float64 if weighted else torch.int64, device=centers.device)
+    for part in chunks(block.x):
+        x = block.x[part].double() * block.weight[part, None]
+        sums += ops.kmeans_accumulate(x, labels[part], len(centers))[0]
+    totals = torch.bincount(labels, block.weight, minlength=len(centers))
+    return sums, totals, squared_distances(block.x, centers, labels) @ block.weight
+
+
+def _sweep(blocks: Iterable[Block], ranks: Ranks, centers: Tensor) -> tuple[Tensor, Tensor, float]:
+    """:func:`_step` over all blocks of all ranks."""
+    sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)
+    # Exact as long as there are fewer than 2^53 points.
+    totals = torch.zeros(len(centers), dtype=torch.float64, device=centers.device)
+    inertia = torch.zeros(1, dtype=torch.float64, device=centers.device)
     with ranks.together():
         for block in blocks:
-            block_sums, block_totals = _step(block.x, centers, block.weight)
+            block_sums, block_totals, block_inertia = _step(block, centers)
             sums += block_sums
             totals += block_totals
-    ranks.sum(sums, totals)
-    return sums, totals.double()
-
-
-def _inertia(block: Block, centers: Tensor) -> float:
-    distances = squared_distances(block.x, centers, ops.kmeans_assign(block.x, centers))
-    return float((distances if block.weight is None else distances * block.weight).sum())
+            inertia += block_inertia
+    ranks.sum(sums, totals, inertia)
+    return sums, totals, float(inertia)
 
 
 def _batches(points: Points, batch_size: int, seed: int) -> Iterator[Block]:
@@ -226,7 +188,7 @@ def _means(sums: Tensor, totals: Tensor, old: Tensor) -> Tensor:
 
 
 def _move_empty_clusters(
-    blocks: Callable[[], Iterable[Block]], ranks: Ranks, num_points: int, centers: Tensor, sums: Tensor, totals: Tensor
+    blocks: Callable[[], Iterable[Block]], points: Points, centers: Tensor, sums: Tensor, totals: Tensor
 ) -> int:
     """Gives each empty cluster one of the points farthest from their centres, out of the sums of its cluster.
 
@@ -235,9 +197,9 @@ def _move_empty_clusters(
     empty = (totals <= 0).nonzero()[:, 0]
     if not len(empty):
         return 0
-    farthest = _farthest(blocks(), ranks, centers, len(empty))
+    farthest = _farthest(blocks(), points.ranks, centers, len(empty))
     # A mean of N equal points misses them by the rounding of its sum and of its result: such a point is on its centre.
-    relative = 2 * torch.finfo(centers.dtype).eps + num_points * torch.finfo(torch.float64).eps
+    relative = 2 * torch.finfo(centers.dtype).eps + points.total * torch.finfo(torch.float64).eps
     for cluster, (distance, own, weight, *row) in zip(empty.tolist(), farthest.tolist(), strict=False):
         own, point = int(own), sums.new_tensor(row)
         # A cluster keeps its last point, and a point on its centre makes no new cluster.
@@ -269,19 +231,8 @@ def _farthest(blocks: Iterable[Block], ranks: Ranks, centers: Tensor, how_many: 
     return farthest(torch.cat(ranks.gather(found)))
 
 
-def _inertia_of_sums(spread: Spread, centers: Tensor, sums: Tensor, totals: Tensor) -> float:
-    """The inertia that follows from the sums of the clusters, taken around the mean where little of it cancels."""
-    way = centers.double() - spread.mean
-    inside = totals @ way.square().sum(1) - 2 * (way * (sums - totals[:, None] * spread.mean)).sum()
-    return max(float(spread.squares.sum() + inside), 0.0)
-
-
-def _of_all_ranks(spread: Spread, ranks: Ranks) -> Spread:
-    packed = torch.cat([spread.weight, spread.mean, spread.squares])[None]
-    width = len(spread.mean)
-    first, *others = (
-        Spread(part[0, :1], part[0, 1 : 1 + width], part[0, 1 + width :]) for part in ranks.gather(packed)
-    )
-    for other in others:
-        first += other
-    return first
+def _both(one: Tensor, other: Tensor) -> Tensor:
+    """Numbers of rows, means and squared distances to them ``[..., 3, D]``, of two sets of rows taken together."""
+    (n, mean, squares), (m, other_mean, other_squares) = one.unbind(-2), other.unbind(-2)
+    share, way = m / (n + m).clamp_min(1), other_mean - mean
+    return torch.stack([n + m, mean + way * share, squares + other_squares + way.square() * n * share], -2)

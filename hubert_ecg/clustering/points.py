@@ -26,7 +26,7 @@ _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Rows that need conversion or scaling are kept so, up to this many bytes; beyond, they are prepared on every pass.
 _KEPT_BYTES = 1 << 30
 # Rows taken out of a memory map at a time: each may bring 64 KiB of its file with it.
-_MAPPED_ROWS = 256
+_MAPPED_ROWS = 64
 
 
 class BlockSource(Protocol):

@@ -20,7 +20,7 @@ _ARRAYS = ("features", "valid")
 # Written last: a folder without it is unfinished.
 _FACTS = "records.json"
 # Records whose tokens are picked at a time, wherever in a folder they lie: each brings pages of its file with it.
-_PICKED_RECORDS = 256
+_PICKED_RECORDS = 64
 
 
 @dataclasses.dataclass(frozen=True)
