@@ -51,8 +51,9 @@ class KMeans:
     Args:
         n_clusters: K.
         init: "k-means++" (greedy, as in scikit-learn; on a sample where there are more than 256 points to a cluster and
-            more than 65,536), "k-means||" (five passes over all points that draw about K each, reduced by k-means++),
-            "random" (points, drawn by weight), or centres ``[K, D]``, which are taken as they are.
+            more than 65,536, or more than 256 MiB of them), "k-means||" (five passes over all points that draw about K
+            each, reduced by k-means++), "random" (points, drawn by weight), or centres ``[K, D]``, which are taken as
+            they are.
         n_init: Starts; the one with the least inertia is kept. Given centres make one.
         max_iter: Lloyd iterations of a start at most; with ``batch_size``, passes over the points.
         tol: Stop when the centres move less than this, squared and relative to the mean variance of the features.

@@ -126,10 +126,15 @@ def assess(
     kept = torch.empty(points.num_rows, dtype=torch.int64, device=points.device) if keep_labels else None
     with points.ranks.together():
         for block in points.blocks():
-            own = ops.kmeans_assign(block.x, centers) if labels is None else labels[block.rows]
-            distances = squared_distances(block.x, centers, own)
-            inertia += (distances if block.weight is None else distances * block.weight).sum()
-            totals += torch.bincount(own, block.weight, minlength=len(centers))
+            if labels is None and block.weight is None:
+                own, _, sizes, squares = ops.kmeans_step(block.x, centers)
+            else:
+                own = ops.kmeans_assign(block.x, centers) if labels is None else labels[block.rows]
+                distances = squared_distances(block.x, centers, own)
+                squares = distances.sum() if block.weight is None else distances @ block.weight
+                sizes = torch.bincount(own, block.weight, minlength=len(centers))
+            inertia += squares
+            totals += sizes
             if kept is not None:
                 kept[block.rows] = own
     points.ranks.sum(inertia, totals)

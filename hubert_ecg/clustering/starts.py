@@ -16,7 +16,7 @@ from hubert_ecg.clustering.points import Points, squared_distances
 
 METHODS = ("k-means++", "k-means||", "random")
 
-# k-means|| draws about K candidates in each of five rounds: as good as more in Bahmani et al., figures 5.2 and 5.3.
+# Rounds of k-means||, each of which draws about K candidates.
 _ROUNDS = 5
 # Rows whose random numbers are drawn at a time.
 _DRAWN = 1 << 18
