@@ -92,8 +92,8 @@ double accumulate_by_clusters(const T* x, const int64_t* labels, const T* centro
 // The same, in P chunks with sums of their own, which are added in order. Where there are centroids, the points are
 // labelled on the way.
 template <class T>
-double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, int64_t n, int64_t dim, int64_t num_k,
-                            int64_t num_chunks, double* sums, int64_t* counts, double* partial_sums,
+double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, bool with_inertia, int64_t n, int64_t dim,
+                            int64_t num_k, int64_t num_chunks, double* sums, int64_t* counts, double* partial_sums,
                             int64_t* partial_counts) {
   constexpr int64_t points = Codebook<T>::kPoints;
   const int64_t chunk = (n + num_chunks - 1) / num_chunks;
@@ -118,7 +118,8 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, int
         codebook[0].label(x + i * dim, size, labels + i,
                           memory.data() + omp_get_thread_num() * codebook[0].scratch_size(),
                           std::min(points, end - i - size));
-      inertia[p] += isa<T>().add(x + i * dim, labels + i, size, dim, num_k, centroids, sum, count);
+      inertia[p] +=
+          isa<T>().add(x + i * dim, labels + i, size, dim, num_k, with_inertia ? centroids : nullptr, sum, count);
     }
   }
 #pragma omp parallel for num_threads(num_threads_for(num_chunks * num_k * dim >> 18))
@@ -141,24 +142,24 @@ void accumulate(Tensor x, Tensor labels, Tensor sums, Tensor counts, Tensor part
     accumulate_by_clusters<T>(x.data<T>(), labels.data<int64_t>(), nullptr, n, dim, num_k, sums.data<double>(),
                               counts.data<int64_t>(), partial_sums.data<double>());
   else
-    accumulate_by_chunks<T>(x.data<T>(), labels.data<int64_t>(), nullptr, n, dim, num_k, num_chunks,
+    accumulate_by_chunks<T>(x.data<T>(), labels.data<int64_t>(), nullptr, false, n, dim, num_k, num_chunks,
                             sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>(),
                             partial_counts.data<int64_t>());
 }
 
 template <class T>
 void step(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia, Tensor partial_sums,
-          Tensor partial_counts) {
+          Tensor partial_counts, bool with_inertia) {
   const int64_t n = x.size(0), dim = x.size(1), num_k = sums.size(0), num_chunks = partial_sums.size(0);
   if (num_chunks == 1 || dim == 0) {
     assign<T>(x, centroids, labels);
     *inertia.data<double>() =
-        accumulate_by_clusters<T>(x.data<T>(), labels.data<int64_t>(), centroids.data<T>(), n, dim, num_k,
-                                  sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>());
+        accumulate_by_clusters<T>(x.data<T>(), labels.data<int64_t>(), with_inertia ? centroids.data<T>() : nullptr, n,
+                                  dim, num_k, sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>());
   } else {
-    *inertia.data<double>() = accumulate_by_chunks<T>(x.data<T>(), labels.data<int64_t>(), centroids.data<T>(), n, dim,
-                                                      num_k, num_chunks, sums.data<double>(), counts.data<int64_t>(),
-                                                      partial_sums.data<double>(), partial_counts.data<int64_t>());
+    *inertia.data<double>() = accumulate_by_chunks<T>(
+        x.data<T>(), labels.data<int64_t>(), centroids.data<T>(), with_inertia, n, dim, num_k, num_chunks,
+        sums.data<double>(), counts.data<int64_t>(), partial_sums.data<double>(), partial_counts.data<int64_t>());
   }
 }
 
@@ -177,10 +178,10 @@ void kmeans_accumulate_cpu(Tensor x, Tensor labels, Tensor sums, Tensor counts, 
 }
 
 void kmeans_step_cpu(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
-                     Tensor partial_sums, Tensor partial_counts) {
+                     Tensor partial_sums, Tensor partial_counts, bool with_inertia) {
   check_kmeans_step(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts);
-  x.is<float>() ? step<float>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts)
-                : step<double>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts);
+  x.is<float>() ? step<float>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts, with_inertia)
+                : step<double>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts, with_inertia);
 }
 
 }  // namespace hubert_ecg

@@ -332,7 +332,7 @@ void run_accumulate(const char* op, Tensor x, Tensor labels, Tensor sums, Tensor
 
 template <class T>
 void run_step(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
-              Tensor partial_sums, Tensor partial_counts, intptr_t stream) {
+              Tensor partial_sums, Tensor partial_counts, bool with_inertia, intptr_t stream) {
   const char* const op = "kmeans_step";
   const int64_t n = x.size(0), dim = x.size(1), num_k = sums.size(0), room = num_k * dim;
   double* const scratch = partial_sums.data<double>();
@@ -351,12 +351,16 @@ void run_step(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor cou
       check_cuda(op, cudaGetLastError());
       run_add_up(op, scratch, sums.data<double>(), num_chunks, room, stream);
       run_add_up(op, partial_counts.data<int64_t>(), counts.data<int64_t>(), num_chunks, num_k, stream);
-      run_add_up(op, spreads, inertia.data<double>(), num_chunks, 1, stream);
+      run_add_up(op, spreads, inertia.data<double>(), with_inertia ? num_chunks : 0, 1, stream);
       return;
     }
   }
   run_assign<T>(op, x, centroids, labels, stream);
   run_accumulate<T>(op, x, labels, sums, counts, partial_sums, partial_counts, stream);
+  if (!with_inertia) {
+    run_add_up(op, scratch, inertia.data<double>(), 0, 1, stream);
+    return;
+  }
   // The partial sums are used up by now; without dimensions there is nothing to add, and room for one number.
   constexpr int kThreads = 256, kMostBlocks = 1024;
   const int64_t most = partial_sums.size(0) * room, blocks = std::clamp<int64_t>(n / kThreads, 1, kMostBlocks);
@@ -387,12 +391,12 @@ void kmeans_accumulate_cuda(Tensor x, Tensor labels, Tensor sums, Tensor counts,
 }
 
 void kmeans_step_cuda(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
-                      Tensor partial_sums, Tensor partial_counts, intptr_t stream) {
+                      Tensor partial_sums, Tensor partial_counts, bool with_inertia, intptr_t stream) {
   check_kmeans_step(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts);
   if (x.is<float>())
-    run_step<float>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts, stream);
+    run_step<float>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts, with_inertia, stream);
   else
-    run_step<double>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts, stream);
+    run_step<double>(x, centroids, labels, sums, counts, inertia, partial_sums, partial_counts, with_inertia, stream);
 }
 
 }  // namespace hubert_ecg

@@ -20,12 +20,12 @@ void kmeans_accumulate_cuda(Tensor x, Tensor labels, Tensor sums, Tensor counts,
                             Tensor partial_counts, intptr_t stream);
 
 // Both in one pass over the points: labels as of kmeans_assign, their sums and counts as of kmeans_accumulate, and the
-// sum of |x[i] - centroids[labels[i]]|^2.
+// sum of |x[i] - centroids[labels[i]]|^2, which is 0 unless it is asked for.
 //   inertia [] float64 (written); the others as above. On the CPU, P = 1 shares the clusters among the threads.
 void kmeans_step_cpu(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
-                     Tensor partial_sums, Tensor partial_counts);
+                     Tensor partial_sums, Tensor partial_counts, bool with_inertia);
 void kmeans_step_cuda(Tensor x, Tensor centroids, Tensor labels, Tensor sums, Tensor counts, Tensor inertia,
-                      Tensor partial_sums, Tensor partial_counts, intptr_t stream);
+                      Tensor partial_sums, Tensor partial_counts, bool with_inertia, intptr_t stream);
 
 inline bool is_points(Tensor x) { return x.ndim() == 2 && (x.is<float>() || x.is<double>()) && x.contiguous(); }
 

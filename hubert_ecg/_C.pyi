@@ -20,6 +20,7 @@ def kmeans_step_cpu(
     inertia: Any,
     partial_sums: Any,
     partial_counts: Any,
+    with_inertia: bool,
 ) -> None: ...
 def frame_assign_cpu(
     ecg: Any,

@@ -127,7 +127,7 @@ def assess(
     with points.ranks.together():
         for block in points.blocks():
             if labels is None and block.weight is None:
-                own, _, sizes, squares = ops.kmeans_step(block.x, centers)
+                own, _, sizes, squares = ops.kmeans_step(block.x, centers, with_inertia=True)
             else:
                 own = ops.kmeans_assign(block.x, centers) if labels is None else labels[block.rows]
                 distances = squared_distances(block.x, centers, own)
@@ -144,7 +144,7 @@ def assess(
 def _step(block: Block, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the rows nearest to each centre add up to ``[K, D]``, their weight ``[K]``, and their inertia, float64."""
     if block.weight is None:
-        _, sums, counts, inertia = ops.kmeans_step(block.x, centers)
+        _, sums, counts, inertia = ops.kmeans_step(block.x, centers, with_inertia=True)
         return sums, counts, inertia
     labels = ops.kmeans_assign(block.x, centers)
     sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)

@@ -12,7 +12,10 @@ _assign = Op("kmeans_assign(Tensor x, Tensor centroids) -> Tensor", reference.km
 _accumulate = Op(
     "kmeans_accumulate(Tensor x, Tensor labels, int num_clusters) -> (Tensor, Tensor)", reference.kmeans_accumulate
 )
-_step = Op("kmeans_step(Tensor x, Tensor centroids) -> (Tensor, Tensor, Tensor, Tensor)", reference.kmeans_step)
+_step = Op(
+    "kmeans_step(Tensor x, Tensor centroids, bool with_inertia=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.kmeans_step,
+)
 
 
 @takes_arrays("x", "centroids")
@@ -74,30 +77,32 @@ def kmeans_accumulate(x: Array, labels: Array, num_clusters: int) -> tuple[Array
 
 
 @takes_arrays("x", "centroids")
-def kmeans_step(x: Array, centroids: Array) -> tuple[Array, Array, Array, Array]:
+def kmeans_step(x: Array, centroids: Array, with_inertia: bool = False) -> tuple[Array, ...]:
     """One iteration of Lloyd's k-means in one pass over the points: ``kmeans_assign``, then ``kmeans_accumulate``.
 
     The next centroids are ``sums / counts``. As with the two ops it stands for, the result does not depend on the
     number of threads, to the last bit.
 
-    >>> kmeans_step(torch.tensor([[0.0], [0.5], [0.75]]), torch.tensor([[0.0], [1.0]]))
+    >>> kmeans_step(torch.tensor([[0.0], [0.5], [0.75]]), torch.tensor([[0.0], [1.0]]), with_inertia=True)
     (tensor([0, 0, 1]), tensor([[0.5000],
             [0.7500]], dtype=torch.float64), tensor([2, 1]), tensor(0.3125, dtype=torch.float64))
 
     Args:
         x: points, [N, D] float32 or float64 (half precision is computed in float32).
         centroids: [K, D], of the dtype and on the device of ``x``.
+        with_inertia: also return the inertia.
 
     Returns:
-        labels [N] int64, sums [K, D] float64, counts [K] int64, and the inertia [] float64: the sum of squared
-        distances of the points to the nearest of the given centroids.
+        labels [N] int64, sums [K, D] float64, counts [K] int64, and where it is asked for the inertia [] float64: the
+        sum of squared distances of the points to the nearest of the given centroids.
 
     Raises:
         ValueError: a wrong shape, dtype or device, named with what was given.
     """
     _check_points("kmeans_step", x)
     _check_centroids("kmeans_step", x, centroids)
-    return _step.call(_as_points(x), _as_points(centroids))
+    labels, sums, counts, inertia = _step.call(_as_points(x), _as_points(centroids), with_inertia)
+    return (labels, sums, counts, inertia) if with_inertia else (labels, sums, counts)
 
 
 def _check_points(op: str, x: Tensor) -> None:
@@ -155,23 +160,24 @@ def _(kernel, x, labels, num_clusters):
 
 
 @_step.fake
-def _(x, centroids):
+def _(x, centroids, with_inertia=False):
     return _labels(x), *_sums(x, len(centroids)), x.new_empty((), dtype=torch.float64)
 
 
 @_step.composed
-def _(x, centroids):
+def _(x, centroids, with_inertia=False):
     labels = _assign.call(x, centroids)
     sums, counts = _accumulate.call(x, labels, len(centroids))
-    return labels, sums, counts, reference.inertia(x, centroids, labels)
+    inertia = reference.inertia(x, centroids, labels) if with_inertia else sums.new_zeros(())
+    return labels, sums, counts, inertia
 
 
 @_step.native
-def _(kernel, x, centroids):
+def _(kernel, x, centroids, with_inertia=False):
     labels, inertia = _labels(x), x.new_empty((), dtype=torch.float64)
     sums, counts = _sums(x, len(centroids))
     partial = _sums(x, len(centroids), _num_chunks(x, len(centroids)))
-    kernel(x.contiguous(), centroids.contiguous(), labels, sums, counts, inertia, *partial)
+    kernel(x.contiguous(), centroids.contiguous(), labels, sums, counts, inertia, *partial, with_inertia)
     return labels, sums, counts, inertia
 
 

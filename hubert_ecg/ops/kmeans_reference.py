@@ -30,10 +30,10 @@ def kmeans_accumulate(x: Tensor, labels: Tensor, num_clusters: int) -> tuple[Ten
     return sums, torch.bincount(labels, minlength=num_clusters)
 
 
-def kmeans_step(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def kmeans_step(x: Tensor, centroids: Tensor, with_inertia: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = kmeans_assign(x, centroids)
     sums, counts = kmeans_accumulate(x, labels, len(centroids))
-    return labels, sums, counts, inertia(x, centroids, labels)
+    return labels, sums, counts, inertia(x, centroids, labels) if with_inertia else sums.new_zeros(())
 
 
 def inertia(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
@@ -76,11 +76,12 @@ def kmeans_accumulate_samples(device: str) -> Iterator[tuple[Any, ...]]:
 
 
 def kmeans_step_samples(device: str) -> Iterator[tuple[Any, ...]]:
-    yield from kmeans_assign_samples(device)
+    for i, (x, centroids) in enumerate(kmeans_assign_samples(device)):
+        yield x, centroids, i % 4 != 0
     random = torch.Generator().manual_seed(1)
     # Large enough to be cut into chunks, and with sums so large that threads share them.
     for n, k, d in [(10_000, 5, 3), (300, 150, 600)]:
-        yield torch.randn(n, d, generator=random).to(device), torch.randn(k, d, generator=random).to(device)
+        yield torch.randn(n, d, generator=random).to(device), torch.randn(k, d, generator=random).to(device), True
 
 
 # Labels are equal, never close; sums are kept in float64 whatever the input, and only their order differs.

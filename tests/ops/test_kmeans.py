@@ -96,18 +96,20 @@ def test_a_step_is_its_parts_and_the_same_bits_every_time(n, k, d):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(ops.kmeans_step(x, centroids))
+            results.append(ops.kmeans_step(x, centroids, with_inertia=True))
             assert torch.equal(ops.kmeans_assign(x, centroids), results[0][0])
             sums, counts = ops.kmeans_accumulate(x, results[0][0], k)
             assert torch.equal(sums, results[0][1])
             assert torch.equal(counts, results[0][2])
     finally:
         torch.set_num_threads(before)
+    for mine, asked in zip(ops.kmeans_step(x, centroids), results[0][:3], strict=True):
+        assert torch.equal(mine, asked)
     for result in results[1:]:
         for mine, first in zip(result, results[0], strict=True):
             assert torch.equal(mine, first)
     with use_backend("composed"):
-        assert_close(ops.kmeans_step(x, centroids), results[0], rtol=1e-12, atol=0, name="kmeans_step")
+        assert_close(ops.kmeans_step(x, centroids, True), results[0], rtol=1e-12, atol=0, name="kmeans_step")
 
 
 @native
@@ -169,9 +171,9 @@ def test_the_kernels_refuse_what_the_layer_above_did_not_see():
         given = [*good]
         given[place] = wrong
         with pytest.raises(ValueError, match=rf"^kmeans_step: {words}"):
-            _C.kmeans_step_cpu(*map(to_dlpack, given))
+            _C.kmeans_step_cpu(*map(to_dlpack, given), True)
     with pytest.raises(ValueError, match=r"^kmeans_step: sums must be float64 \[3, 3\], got float64\[2, 3\]"):
-        _C.kmeans_step_cpu(*map(to_dlpack, [good[0], x[:3], *good[2:]]))
+        _C.kmeans_step_cpu(*map(to_dlpack, [good[0], x[:3], *good[2:]]), True)
 
 
 @pytest.mark.parametrize("op", [ops.kmeans_assign, ops.kmeans_step])
