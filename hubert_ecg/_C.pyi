@@ -56,6 +56,7 @@ def kmeans_step_cuda(
     inertia: Any,
     partial_sums: Any,
     partial_counts: Any,
+    with_inertia: bool,
     stream: int,
 ) -> None: ...
 def frame_assign_cuda(
