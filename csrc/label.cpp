@@ -19,6 +19,16 @@ namespace {
 // Between these, a sum of squares in float32 has lost nothing to underflow or overflow.
 constexpr float kLeastSquare = 1e-25f, kMostSquare = 1e35f;
 
+// The inner loops for one instruction set: label_simd.h.
+struct Kernels {
+  void (*slopes)(float* x, int64_t D, int64_t to, int64_t begin, int64_t end, int64_t first, int64_t last);
+  void (*copy_columns)(const float* rows, int64_t n, int64_t width, int64_t D, float* x);
+  void (*unit_rows)(float* x, int64_t n, int64_t D);
+};
+
+template <class Sample>
+using AsFloats = void (*)(const Sample* x, int64_t n, float scale, float* out);
+
 #define HUBERT_ECG_SIMD_FILE "label_simd.h"
 #include "every_isa.h"
 
@@ -41,7 +51,8 @@ struct Plan {
   Plan(const Tensor& ecg, const Tensor& scale, const Tensor& centroids, const Tensor& window, const Tensor& circle,
        const Tensor& bank, const Tensor& dct, const Tensor& frame_circle, const Tensor& ends, const Tensor& labels,
        int64_t kind, int64_t start, int64_t frame_length, bool normalize)
-      : kind(kind),
+      : isa(HUBERT_ECG_BEST(kernels)),
+        kind(kind),
         num_samples(ecg.size(1)),
         num_leads(ecg.is<int16_t>() ? scale.size(1) : 1),
         scale(ecg.is<int16_t>() ? scale.data<float>() : nullptr),
@@ -67,6 +78,7 @@ struct Plan {
                                           codebook.scratch_size() * static_cast<int64_t>(sizeof(float))}));
   }
 
+  const Kernels& isa;
   int64_t kind, num_samples, num_leads;
   const float* scale;
   const int64_t* ends;
@@ -82,12 +94,12 @@ struct Plan {
 
 // Samples of a record as float32, `scale` taken in lead by lead.
 template <class Sample>
-void convert(const Plan& plan, const Sample* ecg, const float* scale, int64_t first, int64_t last, float* out) {
-  const auto kernel = HUBERT_ECG_BEST(as_floats<Sample>);
+void convert(const Plan& plan, AsFloats<Sample> as_floats, const Sample* ecg, const float* scale, int64_t first,
+             int64_t last, float* out) {
   const int64_t lead_length = plan.num_samples / plan.num_leads;
   for (int64_t i = first; i < last;) {
     const int64_t stop = std::min(last, (i / lead_length + 1) * lead_length);
-    kernel(ecg + i, stop - i, scale ? scale[i / lead_length] : 1.0f, out + (i - first));
+    as_floats(ecg + i, stop - i, scale ? scale[i / lead_length] : 1.0f, out + (i - first));
     i = stop;
   }
 }
@@ -95,19 +107,18 @@ void convert(const Plan& plan, const Sample* ecg, const float* scale, int64_t fi
 // Columns `to` to `to` + kNumMfcc of the frames [first, last) of a record become the slopes of the columns before. x is
 // where the row of frame 0 would be.
 void slopes_of_leads(const Plan& plan, int64_t first, int64_t last, int64_t to, float* x) {
-  const auto kernel = HUBERT_ECG_BEST(slopes);
   int64_t begin = 0;
   for (int64_t lead = 0; lead <= plan.num_ends; ++lead) {
     const int64_t end = lead < plan.num_ends ? std::clamp(plan.ends[lead], begin, plan.num_frames) : plan.num_frames;
-    kernel(x, plan.width, to, begin, end, std::max(begin, first), std::min(end, last));
+    plan.isa.slopes(x, plan.width, to, begin, end, std::max(begin, first), std::min(end, last));
     begin = end;
   }
 }
 
 // Labels of the frames [first, last) of one record.
 template <class Sample>
-void label_frames(const Plan& plan, const Sample* ecg, const float* scale, int64_t first, int64_t last, char* scratch,
-                  int64_t* labels) {
+void label_frames(const Plan& plan, AsFloats<Sample> as_floats, const Sample* ecg, const float* scale, int64_t first,
+                  int64_t last, char* scratch, int64_t* labels) {
   const auto part = [&](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
   void* const work = scratch + plan.work_at;
   const int64_t n = last - first, S = plan.frame_length;
@@ -116,7 +127,7 @@ void label_frames(const Plan& plan, const Sample* ecg, const float* scale, int64
   if constexpr (std::is_same_v<Sample, float>) {
     frames = ecg + plan.start + from * S;
   } else {
-    convert(plan, ecg, scale, plan.start + from * S, plan.start + to * S, part(plan.samples_at));
+    convert(plan, as_floats, ecg, scale, plan.start + from * S, plan.start + to * S, part(plan.samples_at));
     frames = part(plan.samples_at);
   }
 
@@ -124,11 +135,11 @@ void label_frames(const Plan& plan, const Sample* ecg, const float* scale, int64
   float* const x = part(plan.x_at);
   if (plan.statistics.width) {
     plan.statistics.run(frames, n, work, part(plan.statistics_at));
-    HUBERT_ECG_BEST(copy_columns)(part(plan.statistics_at), n, plan.statistics.width, plan.width, x);
+    plan.isa.copy_columns(part(plan.statistics_at), n, plan.statistics.width, plan.width, x);
   }
   if (plan.cepstra.width) {
     plan.cepstra.run(frames, to - from, work, part(plan.cepstra_at));
-    HUBERT_ECG_BEST(copy_columns)(part(plan.cepstra_at), to - from, kNumMfcc, plan.width, x + plan.statistics.width);
+    plan.isa.copy_columns(part(plan.cepstra_at), to - from, kNumMfcc, plan.width, x + plan.statistics.width);
   }
   if (plan.num_ends) {
     const int64_t before = std::max(from, first - kDeltaReach), after = std::min(to, last + kDeltaReach);
@@ -138,7 +149,7 @@ void label_frames(const Plan& plan, const Sample* ecg, const float* scale, int64
     for (int64_t i = 0; i < n; ++i) std::fill_n(x + i * plan.width + kNumMfcc, 2 * kNumMfcc, 0.0f);
   }
   float* const rows = x + (first - from) * plan.width;
-  if (plan.normalize) HUBERT_ECG_BEST(unit_rows)(rows, n, plan.width);
+  if (plan.normalize) plan.isa.unit_rows(rows, n, plan.width);
   plan.codebook.label(rows, n, labels, static_cast<float*>(work));
 }
 
@@ -149,12 +160,13 @@ void run(const Plan& plan, const Tensor& ecg, const Tensor& labels) {
   const int num_threads =
       static_cast<int>(std::clamp<int64_t>(B * N / 64, 1, std::min<int64_t>(units, omp_get_max_threads())));
   const int64_t lines = plan.scratch.bytes() / 64;
+  const AsFloats<Sample> convert_samples = HUBERT_ECG_BEST(as_floats<Sample>);
   std::vector<CacheLine> scratch(num_threads * lines);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
   for (int64_t unit = 0; unit < units; ++unit) {
     const int64_t b = unit / plan.chunks, chunk = unit % plan.chunks;
     const int64_t first = N * chunk / plan.chunks, last = N * (chunk + 1) / plan.chunks;
-    label_frames(plan, ecg.data<Sample>() + b * plan.num_samples,
+    label_frames(plan, convert_samples, ecg.data<Sample>() + b * plan.num_samples,
                  plan.scale ? plan.scale + b * plan.num_leads : nullptr, first, last,
                  scratch[omp_get_thread_num() * lines].bytes, labels.data<int64_t>() + b * N + first);
   }

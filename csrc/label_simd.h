@@ -70,4 +70,6 @@ HUBERT_ECG_TARGET static void unit_rows(float* x, int64_t n, int64_t D) {
   }
 }
 
+const Kernels kernels = {slopes, copy_columns, unit_rows};
+
 }  // namespace HUBERT_ECG_ISA
