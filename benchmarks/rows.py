@@ -27,9 +27,18 @@ PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu"
 TABLE = {
     "test_mfcc[S64-float32]": ("MFCC, 1,000 records", "torchaudio, one batched call"),
     "test_time_freq[S64-float32]": ("time-frequency features, 1,000 records", "NumPy and SciPy"),
-    "test_lloyd_iteration[1000000x39x100]": ("k-means iteration, 1M x 39, K = 100", "scikit-learn"),
-    "test_lloyd_iteration[1000000x13x100]": ("k-means iteration, 1M x 13, K = 100", "scikit-learn"),
-    "test_lloyd_iteration[20000x768x500]": ("k-means iteration, 20k x 768, K = 500", "scikit-learn"),
+    "test_against_the_separate_steps[mfcc-corrected]": ("labels of 1,000 records, K = 100", "our own ops one by one"),
+    "test_against_torchaudio_and_scikit_learn": (
+        "labels of 1,000 records, K = 100",
+        "torchaudio, torch, scikit-learn",
+    ),
+    **{
+        f"test_lloyd_iteration[{n * 1000}x{d}x{k}]": (
+            f"k-means iteration, {size} x {d}, K = {k}",
+            "the better of scikit-learn and faiss",
+        )
+        for size, n, d, k in (("1M", 1000, 39, 100), ("200k", 200, 13, 100), ("100k", 100, 768, 500))
+    },
     "test_command_against_one_call_per_frame": (
         "`hubert-ecg extract`, 1,000 packed records",
         "one Kaldi call per frame",
