@@ -96,7 +96,7 @@ def test_against_the_separate_steps(race, ecg, feature_type, compat):
         "our ops, one by one": one_by_one,
         "one pass over int16": lambda: assign(stored, centroids, compat=compat, scale=scale),
     }
-    race(lambda: assign(ecg, centroids, compat=compat), peers, "records", NUM_RECORDS, rounds=21)
+    race(lambda: assign(ecg, centroids, compat=compat), peers, "records", NUM_RECORDS)
 
 
 @pytest.mark.benchmark(group="label")
@@ -107,4 +107,4 @@ def test_against_torchaudio_and_scikit_learn(race, torchaudio, ecg):
     peer = as_people_do(torchaudio, ecg, centroids)
     check(ops.mfcc_assign(ecg, centroids), peer(), ecg, "mfcc", "corrected", points, centroids)
     peers = {"torchaudio + scikit-learn": peer}
-    race(lambda: ops.mfcc_assign(ecg, centroids), peers, "records", NUM_RECORDS, rounds=7)
+    race(lambda: ops.mfcc_assign(ecg, centroids), peers, "records", NUM_RECORDS)

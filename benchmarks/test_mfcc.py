@@ -89,7 +89,7 @@ def test_mfcc(race, peer, torchaudio, num_samples, sample_rate_hz, dtype):
     atol = 1e-6 if dtype == torch.float64 else 1e-3
     assert_close(ops.mfcc(few, sample_rate_hz), exact, rtol=0, atol=atol, name="ours")
     assert_close(product(few), exact, rtol=0, atol=10 * atol, name="matrix form")
-    if dtype == torch.float32 and num_samples <= 64:  # the others take no float64, and take their time
+    if dtype == torch.float32 and num_samples == 64:  # the others take no float64 and no empty filters
 
         def kaldi(fbank):
             found = torch.from_numpy(kaldi_native(fbank, few, sample_rate_hz))
@@ -103,7 +103,7 @@ def test_mfcc(race, peer, torchaudio, num_samples, sample_rate_hz, dtype):
 
         peers["kaldi-native-fbank"] = peer("kaldi-native-fbank", kaldi)
         peers["librosa, another definition"] = peer("librosa", in_librosa)
-    race(lambda: ops.mfcc(frames, sample_rate_hz), peers, "records", NUM_RECORDS, rounds=11 if num_samples <= 64 else 3)
+    race(lambda: ops.mfcc(frames, sample_rate_hz), peers, "records", NUM_RECORDS)
 
 
 @pytest.mark.benchmark(group="mfcc, batch")

@@ -44,4 +44,4 @@ def test_time_freq(race, num_samples, dtype):
         "NumPy and SciPy": lambda: by_scipy(frames.numpy()),
         "torch, reference": lambda: reference(frames),
     }
-    race(lambda: ops.time_freq(frames), peers, "records", NUM_RECORDS, rounds=5 if num_samples <= 64 else 3)
+    race(lambda: ops.time_freq(frames), peers, "records", NUM_RECORDS)
