@@ -27,10 +27,10 @@ PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu"
 TABLE = {
     "test_mfcc[S64-float32]": ("MFCC, 1,000 records", "torchaudio, one batched call"),
     "test_time_freq[S64-float32]": ("time-frequency features, 1,000 records", "NumPy and SciPy"),
-    "test_against_the_separate_steps[mfcc-corrected]": ("labels of 1,000 records, K = 100", "our own ops one by one"),
+    "test_against_the_separate_steps[mfcc-corrected]": ("labels of 1,000 records, K = 100", "our ops, one by one"),
     "test_against_torchaudio_and_scikit_learn": (
         "labels of 1,000 records, K = 100",
-        "torchaudio, torch, scikit-learn",
+        "torchaudio + scikit-learn",
     ),
     **{
         f"test_lloyd_iteration[{n * 1000}x{d}x{k}]": (
