@@ -95,13 +95,14 @@ __device__ __forceinline__ float cepstrum_of_thread(const MfccView& t, const Sma
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (kFull || i < t.S) sum[i % 4] += x[reversed<N>(i)] - base;
-  const float mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(t.S);
+  const float offset = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(t.S);
   float before = base, energy[4] = {};
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     float& v = x[reversed<N>(i)];
     const float here = v;
-    v = kFull || i < t.S ? s.window[i] * ((here - before) + float(1 - kPreemphasis) * (before - mean)) : 0.0f;
+    v = kFull || i < t.S ? s.window[i] * ((here - before) + float(1 - kPreemphasis) * ((before - base) - offset))
+                         : 0.0f;
     energy[i % 4] += v * v;
     before = here;
   }
@@ -146,13 +147,13 @@ __device__ bool cepstrum_of_warp(const MfccView& t, const W* window, const W* ci
   const T base = x(0);
   T sum = 0;
   for (int i = lane; i < t.S; i += kWarp) sum += T(x(i)) - base;
-  const T mean = base + warp_sum(sum) / T(t.S);
+  const T offset = warp_sum(sum) / T(t.S);
   T total = 0;
   for (int i = lane; i < t.N; i += kWarp) {
     T v = 0;
     if (i < t.S) {
       const T before = x(i ? i - 1 : 0);
-      v = T(window[i]) * ((T(x(i)) - before) + T(1 - kPreemphasis) * (before - mean));
+      v = T(window[i]) * ((T(x(i)) - before) + T(1 - kPreemphasis) * ((before - base) - offset));
     }
     total += v * v;
     y[first_sample(fft.stages, i)] = v;

@@ -17,7 +17,7 @@ constexpr double kEnergyFloor = 1.1920928955078125e-07;
 // A mel filter whose energy is below this share of the frame's has lost digits in a float32 transform, whose every bin
 // is off by about FLT_EPSILON of the whole: coefficients then miss Kaldi's by more than 1e-3. Such a frame, as smooth
 // as an ECG often is, is computed again in float64.
-constexpr double kTrusted = 5e-6;
+constexpr double kTrusted = 3e-5;
 // Above this energy, squares overflow in float32.
 constexpr double kMostEnergy = 1e30;
 

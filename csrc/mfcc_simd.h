@@ -4,11 +4,12 @@
 namespace HUBERT_ECG_ISA {
 
 // x_i becomes y_i = w_i (x_i - 0.97 x_{i-1}) of the frame less its mean. Written as a difference of neighbours, which
-// in a smooth signal is small and exact, plus 0.03 of the sample before: the rounding is that of y, not that of x.
+// in a smooth signal is small and exact, plus 0.03 of the sample before, counted from the first sample as the mean
+// (`offset`) is: the rounding is that of y, not that of x, and not that of the level that the signal lies at.
 template <class T>
-HUBERT_ECG_INLINE void emphasise(T window, V<T> mean, V<T>& x, V<T>& before, V<T>& energy) {
+HUBERT_ECG_INLINE void emphasise(T window, V<T> base, V<T> offset, V<T>& x, V<T>& before, V<T>& energy) {
   const V<T> here = x;
-  x = window * ((here - before) + T(1 - kPreemphasis) * (before - mean));
+  x = window * ((here - before) + T(1 - kPreemphasis) * ((before - base) - offset));
   energy += x * x;
   before = here;
 }
@@ -26,13 +27,13 @@ HUBERT_ECG_INLINE V<T> condition(const MfccTables<T>& t, V<T>* x) {
     for (int r = 0; r < kSums; ++r) sum[r] += x[i + r] - base;
   }
   for (; i < t.S; ++i) sum[0] += x[i] - base;
-  const V<T> mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
+  const V<T> offset = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<T>(t.S);
   V<T> before = base;
   for (i = 0; i + kSums <= t.S; i += kSums) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kSums; ++r) emphasise<T>(t.window[i + r], mean, x[i + r], before, energy[r]);
+    for (int r = 0; r < kSums; ++r) emphasise<T>(t.window[i + r], base, offset, x[i + r], before, energy[r]);
   }
-  for (; i < t.S; ++i) emphasise<T>(t.window[i], mean, x[i], before, energy[0]);
+  for (; i < t.S; ++i) emphasise<T>(t.window[i], base, offset, x[i], before, energy[0]);
   for (; i < t.N; ++i) x[i] = V<T>{};
   return (energy[0] + energy[1]) + (energy[2] + energy[3]);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -65,15 +66,20 @@ def info(config: InfoConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Redirected, it is read by people and programs alike: nothing is cut.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for key in ("hubert-ecg", "python", "machine", "cpu_threads", "native_module"):
         console.print(f"{key:<14} {facts[key]}", highlight=False, soft_wrap=True)
     console.print(f"{'cuda devices':<14} {', '.join(facts['cuda_devices']) or 'none'}", highlight=False)
     kernels = "built" if facts["native_cuda"] else "not built: nvcc was not on PATH; put it there and install again"
+    if native.why_missing:
+        kernels = "not built, as the native module"
     console.print(f"{'cuda kernels':<14} {kernels}", highlight=False, soft_wrap=True)
     for key, value in {**facts["packages"], **facts["optional"]}.items():
         console.print(f"  {key:<16} {value}", highlight=False, markup=False)
-    table = Table("op", "device", "default", "why", "backends", "missing, and why", title="ops")
+    table = Table(title="ops")
+    for column in ("op", "device", "default", "why", "backends", "missing, and why"):
+        table.add_column(column, no_wrap=column in ("op", "device", "default"))
     for name, devices in facts["ops"].items():
         for device, row in devices.items():
             missing = "; ".join(f"{backend}: {reason}" for backend, reason in row["missing"].items())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from hubert_ecg.ops import deltas_reference as reference
@@ -37,15 +39,19 @@ def deltas(x: Array, lengths: Array | Sequence[int] | None = None, window: int =
         raise ValueError(f"deltas: x must be floating point [..., F, D], got {describe(x)}")
     if window < 3 or window % 2 == 0:
         raise ValueError(f"deltas: window must be odd and at least 3, got {window}")
-    x = as_floating("deltas: x", x)
+    x = as_floating("deltas: x", x).detach()
     if lengths is None:
         return _deltas.call(x, None, window)
-    given = torch.as_tensor(lengths, device="cpu")
-    frames, whole = given.long(), not (given.is_floating_point() and given.numel())
-    if not whole or given.ndim != 1 or int(frames.sum()) != x.shape[-2] or bool((frames < 0).any()):
+    # As numbers of Python: those of a tensor would break a compiled graph.
+    given = lengths.tolist() if isinstance(lengths, torch.Tensor | np.ndarray) else lengths
+    try:
+        frames = [operator.index(length) for length in given]
+    except TypeError:
+        frames = [-1]
+    if min(frames, default=0) < 0 or sum(frames) != x.shape[-2]:
         want = f"frames of each lead that add up to F = {x.shape[-2]}"
-        raise ValueError(f"deltas: lengths must be {want}, got {given.tolist()}")
-    return _deltas.call(x, frames.to(x.device), window)
+        raise ValueError(f"deltas: lengths must be {want}, got {given}")
+    return _deltas.call(x, torch.tensor(frames, dtype=torch.int64, device=x.device), window)
 
 
 @_deltas.fake

@@ -124,7 +124,7 @@ def _check_device(op: str, name: str, x: Tensor, other: Tensor) -> None:
 
 
 def _as_points(x: Tensor) -> Tensor:
-    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach().contiguous()
 
 
 def _dtype(x: Tensor) -> str:

@@ -63,7 +63,7 @@ def mfcc(
         raise ValueError(f"mfcc: num_mel must be at least 4, got {num_mel}")
     if not 1 <= num_mfcc <= num_mel:
         raise ValueError(f"mfcc: num_mfcc must be in 1 .. num_mel ({num_mel}), got {num_mfcc}")
-    return _mfcc.call(frames, sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc)
+    return _mfcc.call(frames.detach(), sample_rate_hz, low_hz, high_hz, num_mel, num_mfcc)
 
 
 def check_band(op: str, sample_rate_hz: float, low_hz: float, high_hz: float) -> None:

@@ -54,7 +54,7 @@ def time_freq(frames: Array) -> Array:
     Raises:
         ValueError: a wrong shape or dtype, named with what was given.
     """
-    return _time_freq.call(as_floating("time_freq: frames", frames, min_samples=1))
+    return _time_freq.call(as_floating("time_freq: frames", frames, min_samples=1).detach())
 
 
 @_time_freq.fake

@@ -225,6 +225,14 @@ def test_gpu_equals_cpu(feature_type, compat):
     torch.testing.assert_close(ours.cpu(), features.extract(batch, feature_type, compat), rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize("compat", ["corrected", "published"])
+@pytest.mark.parametrize("feature_type", features.FEATURE_TYPES)
+def test_one_graph_without_breaks(feature_type, compat):
+    ecg = torch.randn(2, 12, 500, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x: features.extract(x, feature_type, compat), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ecg), features.extract(ecg, feature_type, compat), rtol=0, atol=0)
+
+
 def test_a_line_adds_a_type(monkeypatch):
     monkeypatch.setitem(features.FEATURE_TYPES, "energy", lambda frames: ops.time_freq(frames.samples)[..., 6:7])
     assert features.num_features("energy") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +59,10 @@ def test_takes_lengths_of_any_kind():
     want = ops.deltas(x, [4, 5])
     for lengths in ((4, 5), torch.tensor([4, 5]), torch.tensor([4, 5], dtype=torch.int32).numpy()):
         assert_close(ops.deltas(x, lengths), want, rtol=0, atol=0, name=str(type(lengths)))
+
+
+def test_lengths_in_python_leave_a_graph_whole():
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x: ops.deltas(x, [2, 3]), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), ops.deltas(x, torch.tensor([2, 3])), rtol=0, atol=0)
+    torch.testing.assert_close(ops.deltas(x, np.array([2, 3])), ops.deltas(x, (2, 3)), rtol=0, atol=0)

@@ -132,6 +132,14 @@ def test_refuses_bad_input_in_its_own_words(op, device):
 
 
 @every_op
+def test_no_gradient_passes_in_silence(op):
+    first = next(op.samples())
+    args = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in first]
+    results = getattr(ops, op.name)(*args)
+    assert not any(result.requires_grad for result in (results if isinstance(results, tuple) else (results,)))
+
+
+@every_op
 def test_docstring_shows_what_it_computes(op):
     public = getattr(ops, op.name)
     examples = doctest.DocTestFinder(recurse=False).find(public, op.name, globs={"torch": torch, op.name: public})

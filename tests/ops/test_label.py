@@ -379,3 +379,16 @@ def test_gpu_labels_are_those_of_the_separate_steps(feature_type, compat):
     assert_labels_of_steps(labels.cpu(), ecg, centroids, feature_type, compat)
     with pytest.raises(ValueError, match="centroids must be on the device of ecg"):
         ASSIGN[feature_type](ecg.cuda(), centroids, compat=compat)
+
+
+def test_half_precision_below_its_normal_numbers_is_read_as_it_is():
+    random = torch.Generator().manual_seed(0)
+    ecg = (3e-5 * torch.randn(4, 12, 500, generator=random)).half()
+    centroids = torch.randn(20, 39, generator=random)
+    want = ops.mfcc_assign(ecg.float(), centroids)
+    assert torch.set_flush_denormal(True)
+    try:
+        got = ops.mfcc_assign(ecg, centroids)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, want)

@@ -128,6 +128,29 @@ def test_a_constant_frame_is_the_floor_at_any_level(num_samples, dtype, backend)
     assert_close(got[:, 1:], torch.zeros(5, 12, dtype=dtype), rtol=0, atol=2e-4, name="c1 ..")
 
 
+@pytest.mark.parametrize("num_samples", [32, 64, 322])
+@pytest.mark.parametrize("level", [100.0, 1e3, 1e4])
+def test_float32_keeps_its_digits_at_any_level(num_samples, level):
+    """What float32 stores of a frame far from zero is coarse, but all of it is used."""
+    random = torch.Generator().manual_seed(0)
+    frames = smooth_frames(num_samples) + 0.01 * torch.randn(1, num_samples, generator=random) + level
+    for low_hz in (0.5, 20.0):
+        want = ops.mfcc(frames.double(), 100, low_hz)
+        assert_close(ops.mfcc(frames, 100, low_hz), want, rtol=0, atol=1e-3, name="float32")
+
+
+@pytest.mark.parametrize("num_samples", [32, 64, 320, 322])
+def test_tones_in_a_little_noise_keep_their_digits_in_float32(num_samples):
+    random = torch.Generator().manual_seed(0)
+    hz, phase, noise = (torch.rand(12000, 1, dtype=torch.float64, generator=random) for _ in range(3))
+    tones = torch.sin(2 * torch.pi * (50 * hz * torch.arange(num_samples) / 100 + phase))
+    waves = torch.randn(12000, num_samples, dtype=torch.float64, generator=random)
+    frames = (tones + 10 ** (4 * noise - 5) * waves).float()
+    for low_hz in (0.5, 20.0):
+        want = ops.mfcc(frames.double(), 100, low_hz)
+        assert_close(ops.mfcc(frames, 100, low_hz), want, rtol=0, atol=1e-3, name="float32")
+
+
 def test_does_not_see_the_base_line():
     frames = torch.randn(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert_close(ops.mfcc(frames + 1e3), ops.mfcc(frames), rtol=0, atol=1e-8, name="base line")
