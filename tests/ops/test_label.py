@@ -386,7 +386,8 @@ def test_half_precision_below_its_normal_numbers_is_read_as_it_is():
     ecg = (3e-5 * torch.randn(4, 12, 500, generator=random)).half()
     centroids = torch.randn(20, 39, generator=random)
     want = ops.mfcc_assign(ecg.float(), centroids)
-    assert torch.set_flush_denormal(True)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
     try:
         got = ops.mfcc_assign(ecg, centroids)
     finally:
