@@ -65,10 +65,10 @@ class KMeans:
     Attributes:
         cluster_centers_: ``[K, D]``, in the space of the normalised rows.
         labels_: ``[N] int64``, the cluster of each row that was fitted (of this rank's rows). Those of points that are
-            not in memory are found when they are first asked for.
+            not in memory are found when they are first asked for; until then the points must not change.
         inertia_: Sum of squared distances of the (normalised, weighted) rows to their centres, of all ranks.
         n_iter_: Iterations of the start that was kept.
-        empty_clusters_: How often a cluster ran empty and was moved, in that start.
+        empty_clusters_: How often a cluster ran empty, in that start; it is moved where a point is left for it.
         cluster_weights_: ``[K] float64``, the weight of the points that each centre is the mean of: with mini-batches,
             all that it was ever given.
         cluster_sizes_: ``[K] float64``, the weight of the fitted points in each cluster (of all ranks).
@@ -128,14 +128,15 @@ class KMeans:
             ValueError: An argument is out of range, there are fewer points than clusters, or a point is not finite.
             RuntimeError: Another rank cannot go on.
         """
-        self._check_parameters("fit")
         ranks = Ranks("KMeans.fit", distributed)
+        with ranks.together():
+            self._check_parameters("fit")
+            seed = torch.tensor([int(np.random.default_rng(self.random_state).integers(1 << 63))])
         self._check_ranks_agree(ranks)
         points = self._points("fit", x, weight=sample_weight, ranks=ranks)
         given = self._given_start("fit", points)
         # Every rank draws alike, whatever its own random_state is.
-        seed = points.ranks.first(torch.tensor([int(np.random.default_rng(self.random_state).integers(1 << 63))]))
-        random = np.random.default_rng(int(seed))
+        random = np.random.default_rng(int(ranks.first(seed)))
         tol = self.tol * mean_variance(points)
         num_starts = self.n_init if given is None else 1
         best: Run | None = None
@@ -178,7 +179,8 @@ class KMeans:
         width = self.cluster_centers_.shape[1] if fitted else None
         points = self._points("partial_fit", x, weight=sample_weight, width=width)
         if fitted:
-            centers, weights = self._centers(points), torch.from_numpy(self.cluster_weights_).to(points.device)
+            centers = self._centers(points)
+            weights = torch.as_tensor(getattr(self, "cluster_weights_", np.zeros(len(centers))), device=points.device)
         else:
             given, random = self._given_start("partial_fit", points), np.random.default_rng(self.random_state)
             centers = draw_start(points, self.n_clusters, self.init, random) if given is None else given
@@ -262,6 +264,8 @@ class KMeans:
         state: dict[str, Any] = {"format": _FORMAT, **params, "cluster_centers": centers.copy()}
         if hasattr(self, "cluster_weights_"):
             state["cluster_weights"] = self.cluster_weights_.copy()
+        if hasattr(self, "cluster_sizes_"):
+            state["cluster_sizes"] = self.cluster_sizes_.copy()
         return {
             **state,
             "inertia": float(self.inertia_),
@@ -291,6 +295,8 @@ class KMeans:
         model.cluster_centers_ = centers
         if state.get("cluster_weights") is not None:
             model.cluster_weights_ = np.array(state["cluster_weights"], np.float64)
+        if state.get("cluster_sizes") is not None:
+            model.cluster_sizes_ = np.array(state["cluster_sizes"], np.float64)
         model.inertia_ = float(state.get("inertia", math.nan))
         model.n_iter_ = int(state.get("n_iter", 0))
         model.empty_clusters_ = int(state.get("empty_clusters", 0))
@@ -348,9 +354,14 @@ class KMeans:
         def __getattr__(self, name: str) -> Any:
             # Reached where labels_ is not set: points that are not in memory were fitted.
             if name == "labels_" and "_fitted_points" in self.__dict__:
-                self.labels_ = self.predict(self._fitted_points)
+                source, normalize = self._fitted_points
+                self.labels_ = KMeans.from_state({**self.state(), "normalize": normalize}).predict(source)
                 return self.labels_
-            raise AttributeError(f"KMeans has no attribute {name!r}; is it fitted?")
+            hint = ""
+            if name in KMeans.__annotations__:
+                fitted = "cluster_centers_" in self.__dict__
+                hint = "; a copy or a file does not keep it: call predict" if fitted else "; call fit first"
+            raise AttributeError(f"KMeans has no attribute {name!r}{hint}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_fitted_points"}
@@ -398,11 +409,12 @@ class KMeans:
             raise ValueError(f"KMeans.{op}: x must {want}, got {n}; ask for fewer clusters")
         if isinstance(self.init, str):
             return None
-        centers = as_tensor(f"KMeans.{op}: init", self.init).to(points.device, points.dtype)
-        if tuple(centers.shape) != (k, points.width) or not torch.isfinite(centers).all():
-            got = f"shape {list(centers.shape)}" if centers.shape != (k, points.width) else "NaN or infinity"
-            want = f"{', '.join(map(repr, METHODS))} or finite centres [{k}, {points.width}]"
-            raise ValueError(f"KMeans.{op}: init must be {want}, got {got}")
+        with points.ranks.together():
+            centers = as_tensor(f"KMeans.{op}: init", self.init).to(points.device, points.dtype)
+            if tuple(centers.shape) != (k, points.width) or not torch.isfinite(centers).all():
+                got = f"shape {list(centers.shape)}" if centers.shape != (k, points.width) else "NaN or infinity"
+                want = f"{', '.join(map(repr, METHODS))} or finite centres [{k}, {points.width}]"
+                raise ValueError(f"KMeans.{op}: init must be {want}, got {got}")
         return points.ranks.first(centers.contiguous())
 
     def _take(self, run: Run, source: ArrayLike | BlockSource | None = None) -> None:
@@ -414,7 +426,7 @@ class KMeans:
             "cluster_weights_": run.weights.cpu().numpy(),
             "cluster_sizes_": run.sizes.cpu().numpy(),
             "labels_": None if run.labels is None else run.labels.cpu().numpy(),
-            "_fitted_points": source,
+            "_fitted_points": None if source is None else (source, self.normalize),
         }
         new = self.__dict__ | state
         for name in ("labels_", "_fitted_points"):

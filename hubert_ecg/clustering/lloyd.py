@@ -93,7 +93,8 @@ def mini_batches(
     while iteration < max_iter:
         iteration += 1
         before, inertia = centers, 0.0
-        for batch in _batches(points, batch_size, int(random.integers(1 << 63))):
+        batches = iter(_batches(points, batch_size, int(random.integers(1 << 63))))
+        while (batch := _next(batches, points.ranks)) is not None:
             centers, weights, batch_inertia, found_empty = batch_step(batch, points, centers, weights)
             inertia, empty = inertia + batch_inertia, empty + found_empty
         if told is not None:
@@ -182,6 +183,11 @@ def _batches(points: Points, batch_size: int, seed: int) -> Iterator[Block]:
     return ahead(batches) if points.streamed else batches
 
 
+def _next(batches: Iterator[Block], ranks: Ranks) -> Block | None:
+    with ranks.together():
+        return next(batches, None)
+
+
 def _batch(points: Points, seed: int, first: int, batch_size: int) -> Block:
     places = np.sort(shuffled(seed, points.total, first, min(first + batch_size, points.total))) - points.first
     return points.take(places[(places >= 0) & (places < points.num_rows)])
@@ -189,7 +195,7 @@ def _batch(points: Points, seed: int, first: int, batch_size: int) -> Block:
 
 def _means(sums: Tensor, totals: Tensor, old: Tensor) -> Tensor:
     """Centres of the clusters that have points; the others stay."""
-    return torch.where((totals > 0)[:, None], (sums / totals.clamp_min(1e-300)[:, None]).to(old.dtype), old)
+    return torch.where((totals > 0)[:, None], (sums / totals.where(totals > 0, 1)[:, None]).to(old.dtype), old)
 
 
 def _move_empty_clusters(

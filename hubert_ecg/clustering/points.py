@@ -227,7 +227,8 @@ class Points:
         counts = all_ranks[:, 0]
         self.first, self.total = int(counts[: self.ranks.rank].sum()), int(counts.sum())
         if self._weight is not None:
-            total = torch.tensor([sum(float(part.double().sum()) for part in self._weight.split(1 << 20))]).double()
+            own = sum(float(part.double().sum()) for part in self._weight.split(1 << 20))
+            total = torch.tensor([own], dtype=torch.float64)
             self.ranks.sum(total)
             if self.total and not 0 < float(total) < math.inf:
                 want = "above 0 somewhere, and finite added up"
@@ -346,7 +347,8 @@ class _Source:
         parts: list[Tensor] = []
         waiting = given = 0
         for array in self._source.blocks(rows):
-            x = self._rows(array)
+            # A source may fill the same memory again for its next block, which is read ahead of time.
+            x = self._rows(array).clone()
             given += len(x)
             while waiting + len(x) >= rows:
                 parts.append(x[: rows - waiting])

@@ -223,8 +223,44 @@ def test_labels_of_a_stream_are_found_when_asked_for_and_do_not_travel():
     assert model.labels_ is model.labels_
     assert source.passes == passes + 1
     assert "_fitted_points" not in model.__getstate__()
-    with pytest.raises(AttributeError, match="no attribute 'labels_'; is it fitted"):
+    with pytest.raises(AttributeError, match="no attribute 'labels_'; call fit first"):
         _ = KMeans().labels_
+    with pytest.raises(AttributeError, match="no attribute 'labels_'; a copy or a file does not keep it"):
+        _ = copy.deepcopy(model.__class__.from_state(model.state())).labels_
+
+
+def test_labels_are_those_of_the_fit_whatever_is_changed_after():
+    x = np.random.default_rng(0).standard_normal((500, 3)) * [[1.0, 5.0, 0.2]]
+    expected = KMeans(7, random_state=0).fit(x).labels_
+    model = KMeans(7, random_state=0).fit(Source(x)).set_params(normalize=False)
+    np.testing.assert_array_equal(model.labels_, expected)
+
+
+def test_a_source_may_fill_one_buffer_again_and_again():
+    x = np.random.default_rng(0).standard_normal((1003, 5)).astype(np.float32)
+
+    class Reused:
+        shape, dtype = x.shape, x.dtype
+
+        def blocks(self, rows):
+            buffer = np.empty((100, 5), np.float32)
+            for first in range(0, len(x), 100):
+                part = buffer[: len(x[first : first + 100])]
+                part[:] = x[first : first + 100]
+                yield part
+
+    expected = KMeans(6, random_state=0, init=x[:6]).fit(x)
+    model = KMeans(6, random_state=0, init=x[:6]).fit(Reused())
+    assert model.inertia_ == expected.inertia_
+    np.testing.assert_array_equal(model.cluster_centers_, expected.cluster_centers_)
+
+
+@pytest.mark.parametrize("weight", [1e36, 1e-290])
+def test_weights_of_any_size(weight):
+    x = np.random.default_rng(0).standard_normal((300, 4))
+    expected = KMeans(5, random_state=0, init=x[:5]).fit(x)
+    model = KMeans(5, random_state=0, init=x[:5]).fit(x, sample_weight=np.full(300, weight))
+    np.testing.assert_allclose(model.cluster_centers_, expected.cluster_centers_, rtol=1e-12)
 
 
 def test_arrays_through_dlpack(monkeypatch):
