@@ -88,21 +88,23 @@ __device__ __forceinline__ float cepstrum_of_thread(const MfccView& t, const Sma
                                                     float (&cepstrum)[kMostCepstra]) {
   float x[N];
   load_row<N, kFull>(row, t.S, x);
-  // As on the CPU: the mean is formed less the first sample, so that a constant frame is exactly zero at any level, and
-  // pre-emphasis is a difference of neighbours, small and exact in a smooth signal.
+  // As on the CPU: samples are counted from the first one, so that a constant frame is exactly zero at any level, and
+  // pre-emphasis is a difference of neighbours, small in a smooth signal.
   const float base = x[0];
   float sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (kFull || i < t.S) sum[i % 4] += x[reversed<N>(i)] - base;
+  for (int i = 0; i < N; ++i) {
+    float& v = x[reversed<N>(i)];
+    v -= base;
+    if (kFull || i < t.S) sum[i % 4] += v;
+  }
   const float offset = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(t.S);
-  float before = base, energy[4] = {};
+  float before = 0, energy[4] = {};
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     float& v = x[reversed<N>(i)];
     const float here = v;
-    v = kFull || i < t.S ? s.window[i] * ((here - before) + float(1 - kPreemphasis) * ((before - base) - offset))
-                         : 0.0f;
+    v = kFull || i < t.S ? s.window[i] * ((here - before) + float(1 - kPreemphasis) * (before - offset)) : 0.0f;
     energy[i % 4] += v * v;
     before = here;
   }
