@@ -39,40 +39,4 @@ def frame_assign_cpu(
     normalize: bool,
 ) -> None: ...
 
-# Where the module was built with CUDA, each also has a <op>_cuda, whose last argument is the stream's handle.
-def mfcc_cuda(frames: Any, window: Any, circle: Any, bank: Any, dct: Any, out: Any, stream: int) -> None: ...
-def deltas_cuda(x: Any, ends: Any, out: Any, window: int, stream: int) -> None: ...
-def time_freq_cuda(frames: Any, circle: Any, out: Any, stream: int) -> None: ...
-def kmeans_assign_cuda(x: Any, centroids: Any, labels: Any, stream: int) -> None: ...
-def kmeans_accumulate_cuda(
-    x: Any, labels: Any, sums: Any, counts: Any, partial_sums: Any, partial_counts: Any, stream: int
-) -> None: ...
-def kmeans_step_cuda(
-    x: Any,
-    centroids: Any,
-    labels: Any,
-    sums: Any,
-    counts: Any,
-    inertia: Any,
-    partial_sums: Any,
-    partial_counts: Any,
-    with_inertia: bool,
-    stream: int,
-) -> None: ...
-def frame_assign_cuda(
-    ecg: Any,
-    scale: Any,
-    centroids: Any,
-    window: Any,
-    circle: Any,
-    bank: Any,
-    dct: Any,
-    frame_circle: Any,
-    ends: Any,
-    labels: Any,
-    kind: int,
-    start: int,
-    frame_length: int,
-    normalize: bool,
-    stream: int,
-) -> None: ...
+# Where the module was built with CUDA, each has a twin, <op>_cuda, whose last argument is the stream's handle.
