@@ -16,9 +16,12 @@ integer recordings need it, give float32, and run on the device that holds the r
    end sample, the usual choice, moves the base line by a whole R wave when a record ends on one. Here the slow part
    next to an end, a ridge fit of a line and of waves up to 0.3 Hz to 10 s, is continued, and only the rest is mirrored.
 
-   Samples further from the local median than 4 times the range of a calm beat are an artefact. They skip the
-   high-pass, which would smear a step or a spike as a false base line over seconds. Calm is the lower quartile of
-   windows that hold a beat (a quarter of the record, from 1 s to 2 s): one artefact leaves a quarter of them alone.
+   The high-pass would smear a jump as a false base line over seconds, so artefacts do not reach it. What a calm beat
+   spans says what they are: the lower quartile of windows that hold a beat (a quarter of the record, from 1 s to 2 s),
+   so that one artefact leaves a quarter of them alone. Where a lead rises or falls by more than 2 calm beats in 20 ms,
+   its levels before and after, medians of up to 1 s, are compared; if they too are 2 calm beats apart, or the lead
+   returns from such a step, the step is taken out. Samples still further than 4 calm beats from the local median skip
+   the high-pass.
 3. The typical peak, the median over windows of 1 s (hop 0.25 s) of max ``|x|``, is scaled to 0.5, and the result is
    limited to [-1, 1]. Ectopic beats reach about twice the typical peak and stay unclipped. Windows without signal
    (gaps, flat stretches) do not count, nor do those beyond 8 times a calm beat: an artefact of 2 s in 10 s, or of
@@ -55,8 +58,11 @@ _PAD_S = 5.0
 _TREND_S = 10.0
 _TREND_HZ = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 _TREND_RIDGE = 5e-5
-_ARTEFACT_RANGES = 4.0
+_STEP_RANGES = 2.0
+_SPIKE_RANGES = 4.0
 _ARTEFACT_PEAKS = 8.0
+_EDGE_S = 0.02
+_STEP_LEVEL_S = 1.0
 _LEVEL_S = 6.0
 _TYPICAL_PEAK = 0.5
 # A lead whose band-passed signal is below this share of its largest raw sample holds rounding errors, not signal.
@@ -297,12 +303,14 @@ def _band_pass(
     device = x.device
     f_hz = torch.arange(math.ceil(low_pass_hz * size / rate_hz), device=device, dtype=torch.float64) * (rate_hz / size)
     low_pass = 1 - _rise(f_hz, _LOW_PASS_FULL * low_pass_hz, low_pass_hz)
-    artefact = _artefact(x, seen, rate_hz)
-    if artefact is not None:
-        x = x - artefact
+    calm = _calm_range(x, seen, rate_hz)
+    x = _less_steps(x, _STEP_RANGES * calm, rate_hz)
+    spikes = _spikes(x, _SPIKE_RANGES * calm, rate_hz)
+    if spikes is not None:
+        x = x - spikes
     spectrum = torch.fft.rfft(_continued(x, rate_hz, pad, size))[..., : len(f_hz)] * _rise(f_hz, *_HIGH_PASS_HZ)
-    if artefact is not None:
-        padded = torch.nn.functional.pad(artefact, (pad, size - n - pad))
+    if spikes is not None:
+        padded = torch.nn.functional.pad(spikes, (pad, size - n - pad))
         spectrum += torch.fft.rfft(padded)[..., : len(f_hz)]
     spectrum = spectrum * low_pass * torch.polar(torch.ones_like(f_hz), 2 * math.pi * f_hz * (pad / rate_hz))
     spectrum[..., 1:] *= 2
@@ -327,17 +335,48 @@ def _evaluate(spectrum: torch.Tensor, step: float, num_out: int) -> torch.Tensor
     return (torch.fft.ifft(product)[..., :num_out] * chirp[:num_out]).real
 
 
-def _artefact(x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float) -> torch.Tensor | None:
-    """What stands out of a lead by more than 4 ranges of a calm beat, as its height above the local median."""
-    # About 100 Hz is enough to know the range and the level of a second.
-    stride = max(1, int(rate_hz / 100))
-    coarse, coarse_hz = x[..., ::stride], rate_hz / stride
-    window_s = _beat_window_s(coarse.shape[-1], coarse_hz)
-    ranges = _window_max(coarse, coarse_hz, window_s) + _window_max(-coarse, coarse_hz, window_s)
+def _calm_range(x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float) -> torch.Tensor:
+    """From the lowest to the highest sample of a calm beat: ``[B, 12, n] -> [B, 12, 1]``, 0 where none is known."""
+    window_s = _beat_window_s(x.shape[-1], rate_hz)
+    ranges = _window_max(x, rate_hz, window_s) + _window_max(-x, rate_hz, window_s)
     known = ranges > _SILENCE * x.abs().amax(-1, keepdim=True)
     if seen is not None:
-        known &= _window_max((~seen[..., ::stride]).to(x.dtype), coarse_hz, window_s) == 0
-    limit = _ARTEFACT_RANGES * _quantile(ranges, known, 0.25)
+        known &= _window_max((~seen).to(x.dtype), rate_hz, window_s) == 0
+    return _quantile(ranges, known, 0.25)
+
+
+def _less_steps(x: torch.Tensor, limit: torch.Tensor, rate_hz: float) -> torch.Tensor:
+    """``x`` without jumps between levels further apart than ``limit``, and without the ways back from there."""
+    rise, near = max(1, round(_EDGE_S * rate_hz)), max(1, round(_STEP_LEVEL_S * rate_hz))
+    if x.shape[-1] <= rise:
+        return x
+    edges = (x[..., rise:] - x[..., :-rise]).abs()
+    hit = ((edges.amax(-1, keepdim=True) > limit) & (limit > 0)).squeeze(-1)
+    if not bool(hit.any()):
+        return x
+    leads = x[hit].cpu().numpy()
+    for lead, edge, far in zip(leads, edges[hit].cpu().numpy(), limit[hit].flatten().tolist(), strict=True):
+        at = scipy.signal.find_peaks(np.pad(edge, 1), height=far / 2, distance=max(1, near // 4))[0] - 1
+        steps, level = np.zeros_like(lead), 0.0
+        at = [-rise, *at, len(lead) - 1]
+        for before, first, after in zip(at, at[1:], at[2:], strict=False):
+            left = np.median(lead[max(first + 1 - near, before + rise) : first + 1])
+            right = np.median(lead[first + rise : min(first + rise + near, after + 1)])
+            jump = right - left
+            if abs(jump) > far or abs(level + jump) < abs(level) / 2:
+                steps[first + 1 + np.abs(np.diff(lead[first : first + rise + 1])).argmax()] = jump
+                level += jump
+        lead -= steps.cumsum()
+    out = x.clone()
+    out[hit] = torch.from_numpy(leads).to(x)
+    return out
+
+
+def _spikes(x: torch.Tensor, limit: torch.Tensor, rate_hz: float) -> torch.Tensor | None:
+    """What stands out of a lead by more than ``limit``, as its height above the local median."""
+    # About 100 Hz is enough to know the level of seconds.
+    stride = max(1, int(rate_hz / 100))
+    coarse, coarse_hz = x[..., ::stride], rate_hz / stride
     width = max(1, min(coarse.shape[-1] // 2, round(_LEVEL_S * coarse_hz)))
     hop = max(1, round(coarse_hz / 2))
     medians = coarse.unfold(-1, width, hop).median(-1).values

@@ -242,24 +242,49 @@ def test_one_artefact_does_not_set_the_scale(seconds, heart_rate):
         np.testing.assert_array_equal(ours[5:], expected[5:])
 
 
-@pytest.mark.parametrize(("seconds", "artefact_s"), [(5, 0.1), (5, 0.5), (10, 1), (10, 2)])
-def test_a_long_artefact_does_not_set_the_scale(seconds, artefact_s):
-    gains = []
-    for rhythm in ("SR", "SBRAD", "STACH", "AFIB"):
+@pytest.mark.parametrize(
+    ("seconds", "shape", "artefact_s"),
+    [
+        *((5, "pulse", 0.1), (5, "pulse", 0.5), (10, "pulse", 1), (10, "pulse", 2)),
+        *((5, "step", 5), (10, "step", 10), (10, "soft step", 10), (5, "steps", 1.4), (10, "steps", 1.4)),
+    ],
+)
+def test_a_long_artefact_does_not_set_the_scale(seconds, shape, artefact_s):
+    gains, likeness = [], []
+    for rhythm in ("SR", "SBRAD", "STACH", "AFIB", "PVC"):
         clean = generate_ecg(5, labels=[rhythm])[0][:, : 500 * seconds]
         expected = prepare_ecg_for_inference(clean, 500, None)
-        for start in (0.0, 0.31 * seconds, 0.5 * seconds):
+        for start in (0.0, 0.31 * seconds, 0.5 * seconds, 0.77 * seconds):
             first, last = int(500 * start), int(500 * (start + artefact_s))
             record = clean.copy()
             record[:, first:last] += 10
+            if shape == "steps":
+                record[:, last:] -= 10
+            if shape == "soft step":
+                record[:, first:] -= 10 * np.exp(-np.arange(500 * seconds - first) / 5)
             elsewhere = np.ones(100 * seconds, bool)
-            elsewhere[max(0, first // 5 - 100) : last // 5 + 100] = False
-            ours = prepare_ecg_for_inference(record, 500, None)[:, elsewhere]
-            gains.append((ours * expected[:, elsewhere]).sum(1) / np.square(expected[:, elsewhere]).sum(1))
+            for edge in (first, last):
+                elsewhere[max(0, edge // 5 - 100) : edge // 5 + 100] = False
+            elsewhere[first // 5 : last // 5] &= shape != "pulse"
+            ours, wanted = prepare_ecg_for_inference(record, 500, None)[:, elsewhere], expected[:, elsewhere]
+            gains.append((ours * wanted).sum(1) / np.square(wanted).sum(1))
+            likeness.append((ours * wanted).sum(1) / np.sqrt(np.square(ours).sum(1) * np.square(wanted).sum(1)))
     gains = np.stack(gains)
-    assert abs(np.median(gains) - 1) < 0.03
-    assert np.quantile(gains, 0.1) > 0.85
-    assert np.quantile(gains, 0.9) < 1.15
+    assert abs(np.median(gains) - 1) < 0.02
+    assert np.quantile(gains, 0.1) > 0.9
+    assert np.quantile(gains, 0.9) < 1.1
+    assert np.quantile(likeness, 0.1) > 0.95
+
+
+def test_a_beat_is_not_a_step():
+    """Square beats of any width, twice as high as the others, stay."""
+    record = twelve(beats(5000, 500))
+    expected = prepare_ecg_for_inference(record, 500, None, normalize=False)
+    for width in (10, 60, 150):
+        wide = record.copy()
+        wide[:, 2000 : 2000 + width] += 1.9
+        ours = prepare_ecg_for_inference(wide, 500, None, normalize=False)
+        assert np.abs((ours - expected)[:, 400 : 400 + width // 5]).max() > 1, width
 
 
 def test_typical_peak_is_half_and_a_beat_of_twice_the_height_is_not_clipped():
