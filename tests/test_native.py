@@ -27,8 +27,9 @@ def test_is_loaded():
 
 
 def test_has_every_op_on_the_cpu():
-    data_side = [name for name, op in OPS.items() if "native" not in op.backends["cpu"]]
-    assert data_side == []
+    data_side = [op for op in OPS.values() if op.public and not op.differentiable]
+    assert data_side
+    assert [op.name for op in data_side if "native" not in op.backends["cpu"]] == []
 
 
 def test_has_no_symbol_of_torch():
@@ -50,7 +51,7 @@ def test_refuses_what_is_no_tensor():
 def test_a_missing_backend_says_why():
     for op in OPS.values():
         for device, table in op.backends.items():
-            assert ("native" in table) != ("native" in op.missing[device])
+            assert not set(table) & set(op.missing[device])
             assert all(op.missing[device].values())
 
 

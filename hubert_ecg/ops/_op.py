@@ -9,13 +9,19 @@ The module of the reference, ``<stem>_reference.py``, says for each of its ops h
   of them), an empty batch, odd sizes and hostile values among them;
 * ``<op>_tolerance``: ``{dtype: (rtol, atol)}`` of the floating outputs against the reference in float64;
 * ``<op>_errors()``: pairs of arguments that the public function must refuse, and a pattern of what it says.
+
+An op with gradients has its backward as an op of its own, ``<op>_backward``, with samples and tolerance and without a
+public function. The arguments of the op, in their order, are those of its public function.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -48,10 +54,14 @@ class Op:
             was never checked comes first: it runs where it is asked for by name.
         missing: device -> backend name -> why it is not there.
         checks: device -> backend name -> how its values were checked; empty where they never were.
+        public: whether ``hubert_ecg.ops`` has a function of its name; a backward has none.
+        differentiable: whether gradients pass through it.
     """
 
     def __init__(self, schema: str, reference: Callable[..., Any]):
         self.name = schema.split("(", 1)[0]
+        self.public = not self.name.endswith("_backward")
+        self.differentiable = False
         self.reference = reference
         self.backends: dict[str, dict[str, Callable[..., Any]]] = {d: {"reference": reference} for d in DEVICES}
         self.missing: dict[str, dict[str, str]] = {d: {} for d in DEVICES}
@@ -82,12 +92,36 @@ class Op:
             self.backends[device] = {**others, **backend} if checked else {**backend, **others}
             self.checks[device]["native"] = checked
 
+    def triton(self, allocate_and_launch: Callable[..., Any]) -> None:
+        """The Triton backend: ``fn(kernels, *args)`` launches kernels of ``<stem>_triton``, imported on first use.
+
+        In Triton's interpreter (TRITON_INTERPRET=1) it runs on a CPU too, for tests: never as the default.
+        """
+        if importlib.util.find_spec("triton") is None:
+            self.missing["cuda"]["triton"] = "Triton is not installed (pip install hubert-ecg[gpu])"
+            return
+        stem = self.reference.__module__.removesuffix("_reference")
+
+        def run(*args: Any) -> Any:
+            kernels = importlib.import_module(f"{stem}_triton")
+            if args[0].device.type == "cpu":
+                return allocate_and_launch(kernels, *args)
+            with torch.cuda.device(args[0].device):
+                return allocate_and_launch(kernels, *args)
+
+        self.backends["cuda"]["triton"] = run
+        self.checks["cuda"]["triton"] = "interpreter"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            self.backends["cpu"] = {"triton": run, **self.backends["cpu"]}
+            self.checks["cpu"]["triton"] = "tests"
+
     def fake(self, fn: Callable[..., Any]) -> None:
         """Shapes and dtypes of the outputs, for tracing."""
         torch.library.register_fake(f"hubert_ecg::{self.name}", fn, lib=LIBRARY)
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
         """Ties the backward, itself an op, to this op."""
+        self.differentiable = True
         torch.library.register_autograd(f"hubert_ecg::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def pick(self, device: str) -> Callable[..., Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,21 +29,35 @@ def describe(args):
     return ", ".join(f"{tuple(a.shape)}" if isinstance(a, torch.Tensor) else f"{a}" for a in args)
 
 
-def cases():
-    for name, op in OPS.items():
+def cases(ops=OPS, by_dtype=False):
+    for name, op in ops.items():
         for device, table in op.backends.items():
             marks = [pytest.mark.cuda] if device == "cuda" else []
             for backend in table:
-                yield pytest.param(op, device, backend, id=f"{name}-{device}-{backend}", marks=marks)
+                which = f"{name}-{device}-{backend}"
+                if not by_dtype:
+                    yield pytest.param(op, device, backend, id=which, marks=marks)
+                    continue
+                for dtype in op.tolerance:
+                    # Triton's interpreter multiplies matrices of bfloat16 wrongly, on a CPU.
+                    if (device, backend, dtype) != ("cpu", "triton", torch.bfloat16):
+                        yield pytest.param(op, device, backend, dtype, id=f"{which}-{dtype}", marks=marks)
 
 
-every_op = pytest.mark.parametrize("op", list(OPS.values()), ids=list(OPS))
+def each(ops, argument="op"):
+    return pytest.mark.parametrize(argument, list(ops.values()), ids=list(ops))
+
+
+PUBLIC = {name: op for name, op in OPS.items() if op.public}
+DIFFERENTIABLE = {name: op for name, op in PUBLIC.items() if op.differentiable}
+WITHOUT_GRADIENT = {name: op for name, op in PUBLIC.items() if not op.differentiable}
+
+every_op, every_public_op = each(OPS), each(PUBLIC)
 every_backend = pytest.mark.parametrize(("op", "device", "backend"), list(cases()))
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_backend_and_dtype = pytest.mark.parametrize(("op", "device", "backend", "dtype"), list(cases(by_dtype=True)))
 
 
-@every_dtype
-@every_backend
+@every_backend_and_dtype
 def test_agrees_with_reference_in_float64(op, device, backend, dtype):
     rtol, atol = op.tolerance[dtype]
     for sample in op.samples(device):
@@ -87,7 +103,7 @@ def test_opcheck(op):
     torch.library.opcheck(op.call, next(op.samples("cpu")))
 
 
-@every_op
+@every_public_op
 def test_public_function_compiles_to_one_graph(op):
     args = next(op.samples("cpu"))
     public = getattr(ops, op.name)
@@ -95,7 +111,7 @@ def test_public_function_compiles_to_one_graph(op):
     assert_close(compiled(*args), public(*args), rtol=0, atol=0, name=op.name)
 
 
-@every_op
+@every_public_op
 def test_gives_back_the_kind_it_got(op):
     args = next(op.samples("cpu"))
     public = getattr(ops, op.name)
@@ -112,7 +128,7 @@ def test_gives_back_the_kind_it_got(op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@every_op
+@each(WITHOUT_GRADIENT)
 def test_half_precision_is_computed_in_float32(op, dtype):
     public = getattr(ops, op.name)
     args = convert(next(op.samples("cpu")), dtype)
@@ -120,7 +136,7 @@ def test_half_precision_is_computed_in_float32(op, dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@every_op
+@every_public_op
 def test_refuses_bad_input_in_its_own_words(op, device):
     public = getattr(ops, op.name)
     errors = list(op.errors())
@@ -131,7 +147,7 @@ def test_refuses_bad_input_in_its_own_words(op, device):
             public(*there)
 
 
-@every_op
+@each(WITHOUT_GRADIENT)
 def test_no_gradient_passes_in_silence(op):
     first = next(op.samples())
     args = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in first]
@@ -139,7 +155,61 @@ def test_no_gradient_passes_in_silence(op):
     assert not any(result.requires_grad for result in (results if isinstance(results, tuple) else (results,)))
 
 
-@every_op
+def differentiable(args):
+    return tuple(
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
+
+
+def gradients(function, args, num_results=None):
+    """Of a fixed weighting of the results that have a gradient; what an op keeps for its backward comes after these."""
+    args = differentiable(args)
+    results = function(*args)
+    results = (results if isinstance(results, tuple) else (results,))[:num_results]
+    results = [r for r in results if r.requires_grad]
+    random = torch.Generator().manual_seed(1)
+    weights = [torch.randn(r.shape, generator=random).to(r) for r in results]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    return torch.autograd.grad(results, leaves, weights, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize(("op", "device", "backend", "dtype"), list(cases(DIFFERENTIABLE, by_dtype=True)))
+def test_gradients_agree_with_autograd_through_the_reference_in_float64(op, device, backend, dtype):
+    rtol, atol = OPS[f"{op.name}_backward"].tolerance[dtype]
+    for sample in op.samples(device):
+        args = convert(sample, dtype)
+        public = getattr(ops, op.name)
+        with use_backend(backend), poisoned_memory():
+            actual, results = gradients(public, args), public(*args)
+        num_results = len(results) if isinstance(results, tuple) else 1
+        expected = gradients(op.reference, convert(args, torch.float64), num_results)
+        assert_close(actual, expected, rtol=rtol, atol=atol, name=f"gradients of {op.name}({describe(args)})")
+
+
+@each(DIFFERENTIABLE)
+def test_backward_is_the_derivative(op):
+    args = convert(next(op.samples("cpu")), torch.float64)
+    with use_backend("reference"):
+        assert torch.autograd.gradcheck(getattr(ops, op.name), differentiable(args))
+
+
+@each(DIFFERENTIABLE)
+def test_forward_and_backward_compile_to_one_graph(op):
+    args = next(op.samples("cpu"))
+    compiled = torch.compile(getattr(ops, op.name), backend="aot_eager", fullgraph=True)
+    expected = gradients(getattr(ops, op.name), args)
+    assert_close(gradients(compiled, args), expected, rtol=1e-6, atol=1e-6, name=f"gradients of {op.name}")
+
+
+@each(DIFFERENTIABLE)
+def test_keeps_the_dtype_it_got(op):
+    for dtype in op.tolerance:
+        args = convert(next(op.samples("cpu")), dtype)
+        results = getattr(ops, op.name)(*args)
+        assert (results[0] if isinstance(results, tuple) else results).dtype in (dtype, torch.float32), dtype
+
+
+@every_public_op
 def test_docstring_shows_what_it_computes(op):
     public = getattr(ops, op.name)
     examples = doctest.DocTestFinder(recurse=False).find(public, op.name, globs={"torch": torch, op.name: public})
@@ -153,6 +223,26 @@ def test_samples_hold_an_empty_batch_and_odd_sizes(op):
     sizes = [a.shape for args in op.samples("cpu") for a in args if isinstance(a, torch.Tensor)]
     assert any(0 in shape for shape in sizes), f"{op.name} has no empty sample"
     assert any(shape and shape[-1] % 2 for shape in sizes), f"{op.name} has no sample of odd size"
+
+
+def test_triton_kernels_agree_in_the_interpreter():
+    """Triton reads the variable when it is imported: a run of its own."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    here = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).parent),
+        "-k",
+        "cpu-triton",
+    ]
+    run = subprocess.run(here, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-10000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
 
 
 @pytest.mark.parametrize("threads", [2, 3])

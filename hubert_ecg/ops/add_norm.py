@@ -1,0 +1,121 @@
+"""What ends each half of a transformer layer: dropout, residual and layer norm in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hubert_ecg.ops import _dropout
+from hubert_ecg.ops import add_norm_reference as reference
+from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+
+_add_norm = Op(
+    "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.add_norm,
+)
+_backward = Op(
+    "add_norm_backward(Tensor grad, Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd,"
+    " float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.add_norm_backward,
+)
+
+
+@takes_arrays("x", "residual", "weight", "bias")
+def add_norm(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Array:
+    """``LayerNorm(residual + dropout(x))`` over the last axis (Ba et al., "Layer Normalization", 2016).
+
+    >>> add_norm(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]), torch.ones(2), torch.zeros(2))
+    tensor([[-1.0000,  1.0000]])
+
+    Args:
+        x: [..., D], any floating dtype; sums and statistics are kept in float32 at least.
+        residual: like ``x``.
+        weight: [D], gains of the norm.
+        bias: [D], offsets of the norm.
+        eps: added to the variance.
+        dropout_p: chance of an element of ``x`` to be dropped; the others are scaled by ``1 / (1 - dropout_p)``.
+        seed: decides which ones, the same on every backend and device: a whole number or an int64 [] tensor; None
+            draws one from torch's generator.
+
+    Returns:
+        [..., D] of the dtype of ``x``.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range, named with what was given.
+    """
+    if not x.is_floating_point() or x.ndim < 1:
+        raise ValueError(f"add_norm: x must be floating point [..., D], got {describe(x)}")
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(f"add_norm: residual must be like x, {describe(x)}, got {describe(residual)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[-1:] or not parameter.is_floating_point() or parameter.device != x.device:
+            want = f"floating point [{x.shape[-1]}]"
+            raise ValueError(f"add_norm: {name} must be {want}, got {describe(parameter)}")
+    if not eps >= 0:
+        raise ValueError(f"add_norm: eps must be a number from 0 on, got {eps}")
+    seed = _dropout.check("add_norm", dropout_p, seed, x.device)
+    return _add_norm.call(x, residual, weight, bias, eps, dropout_p, seed)[0]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_wide(x)) for _ in range(2))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), mean, rstd
+
+
+def _gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    to_x, to_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    return to_x, to_residual, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@_add_norm.fake
+def _(x, residual, weight, bias, eps, dropout_p, seed):
+    return _outputs(x)
+
+
+@_backward.fake
+def _(grad, x, residual, weight, mean, rstd, dropout_p, seed):
+    return _gradients(x, weight)
+
+
+@_add_norm.triton
+def _(kernels, x, residual, weight, bias, eps, dropout_p, seed):
+    outputs = _outputs(x)
+    if x.numel():
+        given = (t.contiguous() for t in (x, residual, weight, bias))
+        kernels.add_norm(*given, eps, dropout_p, seed, *outputs)
+    return outputs
+
+
+@_backward.triton
+def _(kernels, grad, x, residual, weight, mean, rstd, dropout_p, seed):
+    given = (t.contiguous() for t in (grad, x, residual, weight, mean, rstd))
+    return kernels.add_norm_backward(*given, dropout_p, seed)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, _, _, dropout_p, seed = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
+    ctx.dropout_p = dropout_p
+
+
+def _differentiate(ctx, grad, *_):
+    x, residual, weight, mean, rstd, seed = ctx.saved_tensors
+    return *_backward.call(grad, x, residual, weight, mean, rstd, ctx.dropout_p, seed), None, None, None
+
+
+_add_norm.autograd(_differentiate, _setup_context)
