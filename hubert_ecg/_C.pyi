@@ -22,6 +22,32 @@ def kmeans_step_cpu(
     partial_counts: Any,
     with_inertia: bool,
 ) -> None: ...
+def add_norm_cpu(
+    x: Any,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    dropout_p: float,
+    seed: Any,
+    y: Any,
+    mean: Any,
+    rstd: Any,
+) -> None: ...
+def add_norm_backward_cpu(
+    grad: Any,
+    x: Any,
+    residual: Any,
+    weight: Any,
+    mean: Any,
+    rstd: Any,
+    dropout_p: float,
+    seed: Any,
+    to_x: Any,
+    to_residual: Any,
+    to_weight: Any,
+    to_bias: Any,
+) -> None: ...
 def frame_assign_cpu(
     ecg: Any,
     scale: Any,

@@ -81,3 +81,8 @@ def check(op: str, dropout_p: float, seed: Tensor | int | None, device: torch.de
     if dropout_p == 0:
         return None
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if seed is None else seed
+
+
+def stored(seed: Tensor | None, like: Tensor) -> Tensor:
+    """The seed for a kernel that takes one in any case."""
+    return torch.zeros((), dtype=torch.int64, device=like.device) if seed is None else seed

@@ -90,6 +90,31 @@ def _(grad, x, residual, weight, mean, rstd, dropout_p, seed):
     return _gradients(x, weight)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[N, D] as the CPU's kernels take it."""
+    return x.to(_wide(x)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+@_add_norm.native
+def _(kernel, x, residual, weight, bias, eps, dropout_p, seed):
+    rows = _rows(x)
+    y, mean, rstd = torch.empty_like(rows), rows.new_empty(len(rows)), rows.new_empty(len(rows))
+    parameters = (t.to(rows.dtype).contiguous() for t in (weight, bias))
+    kernel(rows, _rows(residual), *parameters, eps, dropout_p, _dropout.stored(seed, x), y, mean, rstd)
+    return y.view(x.shape).to(x.dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+@_backward.native
+def _(kernel, grad, x, residual, weight, mean, rstd, dropout_p, seed):
+    rows = _rows(x)
+    gain, *statistics = (t.to(rows.dtype).flatten().contiguous() for t in (weight, mean, rstd))
+    to_x, to_residual, to_weight, to_bias = _gradients(rows, gain)
+    given = (_rows(grad), rows, _rows(residual), gain, *statistics)
+    kernel(*given, dropout_p, _dropout.stored(seed, x), to_x, to_residual, to_weight, to_bias)
+    to_x, to_residual = (t.view(x.shape).to(x.dtype) for t in (to_x, to_residual))
+    return to_x, to_residual, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
+
+
 @_add_norm.triton
 def _(kernels, x, residual, weight, bias, eps, dropout_p, seed):
     outputs = _outputs(x)
