@@ -5,7 +5,7 @@
 
 #include "dropout.h"
 #include "isa.h"
-#include "row_sums.h"
+#include "rows.h"
 
 namespace hubert_ecg {
 namespace {
@@ -14,38 +14,20 @@ namespace {
 #include "every_isa.h"
 
 template <class T>
-bool is_rows(const Tensor& x) {
-  return x.is<T>() && x.contiguous() && x.ndim() == 2;
-}
-
-template <class T>
-void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
-  HUBERT_ECG_CHECK(is_rows<T>(x) && x.size(0) == like.size(0) && x.size(1) == like.size(1), op, ": ", name,
-                   " must be like x, ", like, ", got ", x);
-}
-
-template <class T>
-void check_vector(const Tensor& x, int64_t size, const char* op, const char* name) {
-  HUBERT_ECG_CHECK(x.is<T>() && x.contiguous() && x.ndim() == 1 && x.size(0) == size, op, ": ", name,
-                   " must be contiguous [", size, "] of the dtype of x, got ", x);
-}
-
-template <class T>
 void forward(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double eps, double p,
              const Tensor& seed, const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   const char* const op = "add_norm";
-  HUBERT_ECG_CHECK(is_rows<T>(x), op, ": x must be contiguous float32 or float64 [N, D], got ", x);
+  const int64_t N = check_rows<T>(x, op), D = x.size(1);
   check_like<T>(residual, x, op, "residual");
   check_like<T>(y, x, op, "y");
-  const int64_t N = x.size(0), D = x.size(1);
   check_vector<T>(weight, D, op, "weight");
   check_vector<T>(bias, D, op, "bias");
   check_vector<T>(mean, N, op, "mean");
   check_vector<T>(rstd, N, op, "rstd");
-  HUBERT_ECG_CHECK(seed.is<int64_t>(), op, ": seed must be int64, got ", seed);
+  const int64_t* const key = check_seed(seed, op);
   HUBERT_ECG_BEST(forward_rows<T>)
-  (x.data<T>(), residual.data<T>(), weight.data<T>(), bias.data<T>(), N, D, static_cast<T>(eps), p,
-   seed.data<int64_t>(), y.data<T>(), mean.data<T>(), rstd.data<T>());
+  (x.data<T>(), residual.data<T>(), weight.data<T>(), bias.data<T>(), N, D, static_cast<T>(eps), p, key, y.data<T>(),
+   mean.data<T>(), rstd.data<T>());
 }
 
 template <class T>
@@ -53,23 +35,22 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& residual, const
               const Tensor& rstd, double p, const Tensor& seed, const Tensor& to_x, const Tensor& to_residual,
               const Tensor& to_weight, const Tensor& to_bias) {
   const char* const op = "add_norm_backward";
-  HUBERT_ECG_CHECK(is_rows<T>(x), op, ": x must be contiguous float32 or float64 [N, D], got ", x);
+  const int64_t N = check_rows<T>(x, op), D = x.size(1);
   check_like<T>(grad, x, op, "grad");
   check_like<T>(residual, x, op, "residual");
   check_like<T>(to_x, x, op, "to_x");
   check_like<T>(to_residual, x, op, "to_residual");
-  const int64_t N = x.size(0), D = x.size(1);
   check_vector<T>(weight, D, op, "weight");
   check_vector<T>(mean, N, op, "mean");
   check_vector<T>(rstd, N, op, "rstd");
   check_vector<T>(to_weight, D, op, "to_weight");
   check_vector<T>(to_bias, D, op, "to_bias");
-  HUBERT_ECG_CHECK(seed.is<int64_t>(), op, ": seed must be int64, got ", seed);
+  const int64_t* const key = check_seed(seed, op);
   std::vector<T> sums(2 * D);
   for_rows(N, 2 * D, sums.data(), [&](int64_t first, int64_t last, T* partial) {
     HUBERT_ECG_BEST(backward_rows<T>)
     (grad.data<T>(), x.data<T>(), residual.data<T>(), weight.data<T>(), mean.data<T>(), rstd.data<T>(), first, last, D,
-     p, seed.data<int64_t>(), to_x.data<T>(), to_residual.data<T>(), partial);
+     p, key, to_x.data<T>(), to_residual.data<T>(), partial);
   });
   std::copy(sums.data(), sums.data() + D, to_weight.data<T>());
   std::copy(sums.data() + D, sums.data() + 2 * D, to_bias.data<T>());

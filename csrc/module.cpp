@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "add_norm.h"
+#include "bias_gelu.h"
 #include "deltas.h"
 #include "kmeans.h"
 #include "label.h"
@@ -37,6 +38,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("frame_assign_cpu", &hubert_ecg::frame_assign_cpu, nogil);
   m.def("add_norm_cpu", &hubert_ecg::add_norm_cpu, nogil);
   m.def("add_norm_backward_cpu", &hubert_ecg::add_norm_backward_cpu, nogil);
+  m.def("bias_gelu_cpu", &hubert_ecg::bias_gelu_cpu, nogil);
+  m.def("bias_gelu_backward_cpu", &hubert_ecg::bias_gelu_backward_cpu, nogil);
 #ifdef HUBERT_ECG_CUDA
   m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
   m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);

@@ -48,6 +48,10 @@ def add_norm_backward_cpu(
     to_weight: Any,
     to_bias: Any,
 ) -> None: ...
+def bias_gelu_cpu(x: Any, bias: Any, dropout_p: float, seed: Any, y: Any) -> None: ...
+def bias_gelu_backward_cpu(
+    grad: Any, x: Any, bias: Any, dropout_p: float, seed: Any, to_x: Any, to_bias: Any
+) -> None: ...
 def frame_assign_cpu(
     ecg: Any,
     scale: Any,

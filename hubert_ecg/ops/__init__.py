@@ -6,6 +6,7 @@ C classes, H heads, N points.
 
 from hubert_ecg.ops._op import OPS, use_backend
 from hubert_ecg.ops.add_norm import add_norm
+from hubert_ecg.ops.bias_gelu import bias_gelu
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
@@ -16,6 +17,7 @@ __all__ = [
     "OPS",
     "TIME_FREQ_NAMES",
     "add_norm",
+    "bias_gelu",
     "deltas",
     "frame_assign",
     "kmeans_accumulate",

@@ -8,6 +8,7 @@ from torch import Tensor
 from hubert_ecg.ops import _dropout
 from hubert_ecg.ops import add_norm_reference as reference
 from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._rows import as_rows, wide
 
 _add_norm = Op(
     "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seed)"
@@ -66,12 +67,8 @@ def add_norm(
     return _add_norm.call(x, residual, weight, bias, eps, dropout_p, seed)[0]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_wide(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=wide(x)) for _ in range(2))
     return torch.empty_like(x, memory_format=torch.contiguous_format), mean, rstd
 
 
@@ -90,26 +87,21 @@ def _(grad, x, residual, weight, mean, rstd, dropout_p, seed):
     return _gradients(x, weight)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[N, D] as the CPU's kernels take it."""
-    return x.to(_wide(x)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-
-
 @_add_norm.native
 def _(kernel, x, residual, weight, bias, eps, dropout_p, seed):
-    rows = _rows(x)
+    rows = as_rows(x)
     y, mean, rstd = torch.empty_like(rows), rows.new_empty(len(rows)), rows.new_empty(len(rows))
     parameters = (t.to(rows.dtype).contiguous() for t in (weight, bias))
-    kernel(rows, _rows(residual), *parameters, eps, dropout_p, _dropout.stored(seed, x), y, mean, rstd)
+    kernel(rows, as_rows(residual), *parameters, eps, dropout_p, _dropout.stored(seed, x), y, mean, rstd)
     return y.view(x.shape).to(x.dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 @_backward.native
 def _(kernel, grad, x, residual, weight, mean, rstd, dropout_p, seed):
-    rows = _rows(x)
+    rows = as_rows(x)
     gain, *statistics = (t.to(rows.dtype).flatten().contiguous() for t in (weight, mean, rstd))
     to_x, to_residual, to_weight, to_bias = _gradients(rows, gain)
-    given = (_rows(grad), rows, _rows(residual), gain, *statistics)
+    given = (as_rows(grad), rows, as_rows(residual), gain, *statistics)
     kernel(*given, dropout_p, _dropout.stored(seed, x), to_x, to_residual, to_weight, to_bias)
     to_x, to_residual = (t.view(x.shape).to(x.dtype) for t in (to_x, to_residual))
     return to_x, to_residual, to_weight.to(weight.dtype), to_bias.to(weight.dtype)

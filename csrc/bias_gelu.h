@@ -1,0 +1,14 @@
+#pragma once
+#include "tensor.h"
+
+namespace hubert_ecg {
+
+// y = dropout(gelu(x + bias)), gelu(a) = a (1 + erf(a / sqrt(2))) / 2; dropout.h says which elements are kept.
+//   x, y (written) [N, D]; bias [D]; all float32 or all float64; seed [] int64, read where dropout_p > 0
+void bias_gelu_cpu(Tensor x, Tensor bias, double dropout_p, Tensor seed, Tensor y);
+
+// The gradients of x and bias from that of y. Sums over rows are added in an order that only the shape decides.
+void bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor bias, double dropout_p, Tensor seed, Tensor to_x,
+                            Tensor to_bias);
+
+}  // namespace hubert_ecg

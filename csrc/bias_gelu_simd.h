@@ -1,0 +1,78 @@
+// The inner loops of bias_gelu.cpp for one instruction set (every_isa.h).
+#include "dropped_rows_simd.h"
+
+namespace HUBERT_ECG_ISA {
+
+// exp(x) for x <= 0; 0 below the smallest normal number.
+inline __attribute__((always_inline)) float decay(float x) {
+  const float held = x > -87.0f ? x : -87.0f;
+  // Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits of the mantissa.
+  const float shifted = held * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
+  const float r = (held - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float y = 1.0f / 720;
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
+  uint32_t power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power << 23) + 0x3f800000u;
+  float scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x > -87.0f ? y * scale : x != x ? x : 0.0f;
+}
+inline __attribute__((always_inline)) double decay(double x) { return std::exp(x); }
+
+// The normal distribution's share below a; bell = exp(-a^2 / 2). Abramowitz and Stegun, 7.1.26: within 7.5e-8.
+inline __attribute__((always_inline)) float below(float a, float bell) {
+  const float t = 1 / (1 + 0.3275911f * 0.70710678f * std::fabs(a));
+  float y = 1.061405429f;
+  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = y * t + c;
+  const float above = 0.5f * y * t * bell;
+  return a > 0 ? 1 - above : above;
+}
+inline __attribute__((always_inline)) double below(double a, double) { return 0.5 * std::erfc(-a * std::sqrt(0.5)); }
+
+template <class T, bool kDropout>
+HUBERT_ECG_TARGET static void gelu_row(const T* x, const T* bias, int64_t D, const Dropout<T>& kept, T* y) {
+#pragma omp simd
+  for (int32_t d = 0; d < int32_t(D); ++d) {
+    const T a = x[d] + bias[d], value = a * below(a, decay(a * a * T(-0.5)));
+    y[d] = kDropout ? value * kept(d) : value;
+  }
+}
+
+template <class T, bool kDropout>
+HUBERT_ECG_TARGET static void gelu_row_backward(const T* grad, const T* x, const T* bias, int64_t D,
+                                                const Dropout<T>& kept, T* to_x, T* to_bias) {
+#pragma omp simd
+  for (int32_t d = 0; d < int32_t(D); ++d) {
+    const T a = x[d] + bias[d], bell = decay(a * a * T(-0.5));
+    const T slope = below(a, bell) + a * bell * T(0.3989422804014327);
+    const T value = (kDropout ? grad[d] * kept(d) : grad[d]) * slope;
+    to_x[d] = value;
+    to_bias[d] += value;
+  }
+}
+
+template <class T>
+HUBERT_ECG_TARGET static void gelu_rows(const T* x, const T* bias, int64_t N, int64_t D, double p, const int64_t* seed,
+                                        T* y) {
+  const auto run = p > 0 ? gelu_row<T, true> : gelu_row<T, false>;
+#pragma omp parallel for if (N * D > 16384)
+  for (int64_t n = 0; n < N; ++n) {
+    Dropout<T> kept(p, seed);
+    kept.at(n * D);
+    run(x + n * D, bias, D, kept, y + n * D);
+  }
+}
+
+template <class T>
+HUBERT_ECG_TARGET static void gelu_rows_backward(const T* grad, const T* x, const T* bias, int64_t first, int64_t last,
+                                                 int64_t D, double p, const int64_t* seed, T* to_x, T* to_bias) {
+  const auto run = p > 0 ? gelu_row_backward<T, true> : gelu_row_backward<T, false>;
+  Dropout<T> kept(p, seed);
+  for (int64_t n = first; n < last; ++n) {
+    kept.at(n * D);
+    run(grad + n * D, x + n * D, bias, D, kept, to_x + n * D, to_bias);
+  }
+}
+
+}  // namespace HUBERT_ECG_ISA
