@@ -1,26 +1,7 @@
 // The inner loops of label.cpp for one instruction set (every_isa.h).
+#include "halves_simd.h"
+
 namespace HUBERT_ECG_ISA {
-
-inline __attribute__((always_inline)) float bits_as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline __attribute__((always_inline)) float widen(float x) { return x; }
-inline __attribute__((always_inline)) float widen(double x) { return static_cast<float>(x); }
-inline __attribute__((always_inline)) float widen(int16_t x) { return static_cast<float>(x); }
-inline __attribute__((always_inline)) float widen(BFloat16 x) { return bits_as_float(uint32_t{x.bits} << 16); }
-inline __attribute__((always_inline)) float widen(Float16 x) {
-  // The exponent, moved into that of float32, is 112 too low; the highest one means infinity or NaN. The lowest one is
-  // a count of 2^-24, put into the mantissa of 2^-14: as float32 it would be denormal, which threads may flush to zero.
-  const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13, sign = uint32_t{x.bits & 0x8000u} << 16;
-  const float value = magnitude < 0x00800000u ? bits_as_float(magnitude + (113u << 23)) - 0x1p-14f
-                                              : bits_as_float(magnitude) * 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits_as_float(bits | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | sign);
-}
 
 template <class Sample>
 HUBERT_ECG_TARGET static void as_floats(const Sample* x, int64_t n, float scale, float* out) {

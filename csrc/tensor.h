@@ -36,6 +36,13 @@ class Tensor {
 
   int ndim() const { return view_->ndim; }
   int64_t size(int dim) const { return view_->shape[dim < 0 ? view_->ndim + dim : dim]; }
+  int64_t stride(int dim) const {
+    dim = dim < 0 ? view_->ndim + dim : dim;
+    if (view_->strides) return view_->strides[dim];
+    int64_t numbers = 1;
+    while (++dim < view_->ndim) numbers *= view_->shape[dim];
+    return numbers;
+  }
   bool contiguous() const {
     if (!view_->strides) return true;
     for (int dim = 0; dim < view_->ndim; ++dim)

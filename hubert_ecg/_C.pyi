@@ -68,5 +68,31 @@ def frame_assign_cpu(
     frame_length: int,
     normalize: bool,
 ) -> None: ...
+def masked_span_attention_cpu(
+    q: Any,
+    k: Any,
+    v: Any,
+    spans: Any,
+    queries: Any,
+    seed: Any,
+    out: Any,
+    logsumexp: Any,
+    dropout_p: float,
+    scale: float,
+) -> None: ...
+def masked_span_attention_backward_cpu(
+    grad: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    logsumexp: Any,
+    spans: Any,
+    queries: Any,
+    seed: Any,
+    gradients: Any,
+    dropout_p: float,
+    scale: float,
+) -> None: ...
 
 # Where the module was built with CUDA, each has a twin, <op>_cuda, whose last argument is the stream's handle.
