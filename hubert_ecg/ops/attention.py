@@ -78,7 +78,7 @@ def masked_span_attention(
         if x.dtype != torch.int64 or x.ndim != len(want) or any(size != wanted for size, wanted in known):
             shape = ", ".join(map(str, want))
             raise ValueError(f"masked_span_attention: {name} must be int64 [{shape}], got {describe(x)}")
-    seed = _dropout.seed_of(seed, dropout_p, q.device, "masked_span_attention")
+    seed = _dropout.check("masked_span_attention", dropout_p, seed, q.device)
     return _attention.call(q, k, v, spans, queries, dropout_p, seed, scale)[0]
 
 
@@ -150,6 +150,10 @@ def _listed(like, *tensors):
     return [like.new_empty(0, dtype=torch.int64) if x is None else x.contiguous() for x in tensors]
 
 
+def _contiguous(*tensors):
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 @_attention.native
 def _(kernel, q, k=None, v=None, spans=None, queries=None, dropout_p=0.0, seed=None, scale=None):
     out, logsumexp = _new_outputs(q, queries)
@@ -169,4 +173,32 @@ def _(kernel, grad, q, k, v, out, logsumexp, spans=None, queries=None, dropout_p
     scale = reference.scale_of(scale, q.shape[-1])
     views, lists = _dense(grad, *reference.unpack(q, k, v), out), _listed(q, spans, queries, seed)
     kernel(*views, logsumexp, *lists, gradients, dropout_p, scale)
+    return gradients
+
+
+@_attention.triton
+def _(kernels, q, k=None, v=None, spans=None, queries=None, dropout_p=0.0, seed=None, scale=None):
+    if q.dtype == torch.float64:
+        return reference.masked_span_attention(q, k, v, spans, queries, dropout_p, seed, scale)
+    out, logsumexp = _new_outputs(q, queries)
+    if out.numel():
+        views, scale = _dense(*reference.unpack(q, k, v)), reference.scale_of(scale, q.shape[-1])
+        if not q.shape[1]:
+            return out.zero_(), logsumexp.fill_(torch.inf)
+        kernels.masked_span_attention(*views, *_contiguous(spans, queries), dropout_p, seed, scale, out, logsumexp)
+    return out, logsumexp
+
+
+@_backward.triton
+def _(kernels, grad, q, k, v, out, logsumexp, spans=None, queries=None, dropout_p=0.0, seed=None, scale=None):
+    if q.dtype == torch.float64:
+        return reference.masked_span_attention_backward(
+            grad, q, k, v, out, logsumexp, spans, queries, dropout_p, seed, scale
+        )
+    gradients = _new_gradients(q)
+    if not out.numel() or not gradients.numel():
+        return gradients.zero_()
+    views, scale = _dense(grad, *reference.unpack(q, k, v), out), reference.scale_of(scale, q.shape[-1])
+    lists = logsumexp.contiguous(), *_contiguous(spans, queries)
+    kernels.masked_span_attention_backward(*views, *lists, dropout_p, seed, scale, gradients)
     return gradients

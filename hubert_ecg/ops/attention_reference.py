@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hubert_ecg.ops import _dropout
+from hubert_ecg.ops._dropout import dropout
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,13 +54,6 @@ def _scores(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:
     return (scale * torch.einsum("bmhd,bnhd->bhmn", q, k)).masked_fill(~valid[:, None, None], -torch.inf)
 
 
-def _factors(weights: Tensor, p: float, seed: Tensor | None) -> Tensor | float:
-    """What dropout multiplies the weights [B, H, Tq, T] by."""
-    if seed is None or p == 0:
-        return 1.0
-    return _dropout.keep(tuple(weights.shape), p, seed).to(weights.dtype) * _dropout.kept_scale(p)
-
-
 def _prepared(q: Tensor, k: Tensor | None, v: Tensor | None, spans: Tensor | None, queries: Tensor | None) -> Any:
     """Rows of q, and k and v with zeros at keys that are not valid, in float32 at least; and which are."""
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in unpack(q, k, v))
@@ -88,7 +81,7 @@ def masked_span_attention(
         outside = (queries < 0) | (queries >= q.shape[1])
         logsumexp = logsumexp.masked_fill(outside[:, None], torch.inf)
     weights = (scores - logsumexp[..., None]).exp()
-    out = torch.einsum("bhmn,bnhd->bmhd", weights * _factors(weights, dropout_p, seed), values)
+    out = torch.einsum("bhmn,bnhd->bmhd", dropout(weights, dropout_p, seed), values)
     return out.to(q.dtype).contiguous(), logsumexp
 
 
@@ -110,9 +103,8 @@ def masked_span_attention_backward(
     grad, out = grad.to(rows.dtype), out.to(rows.dtype)
     scale = scale_of(scale, q.shape[-1])
     weights = (_scores(rows, keys, valid, scale) - logsumexp[..., None].to(rows.dtype)).exp()
-    factors = _factors(weights, dropout_p, seed)
-    of_values = torch.einsum("bhmn,bmhd->bnhd", weights * factors, grad)
-    of_weights = torch.einsum("bmhd,bnhd->bhmn", grad, values) * factors
+    of_values = torch.einsum("bhmn,bmhd->bnhd", dropout(weights, dropout_p, seed), grad)
+    of_weights = dropout(torch.einsum("bmhd,bnhd->bhmn", grad, values), dropout_p, seed)
     mean = (grad * out).sum(-1).transpose(1, 2)[..., None]
     of_scores = scale * weights * (of_weights - mean)
     of_keys = torch.einsum("bhmn,bmhd->bnhd", of_scores, rows)

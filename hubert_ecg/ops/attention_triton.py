@@ -1,0 +1,258 @@
+"""Attention over spans of keys in Triton: up to 128 tokens, a program has all of a head on chip, more go by tiles.
+
+Keys that are not valid are never loaded. Each gradient is summed by one program, in one order, without atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hubert_ecg.ops import _dropout
+from hubert_ecg.ops._dropout_triton import bits, keys
+from hubert_ecg.ops.attention_reference import scatter_rows
+
+_WHOLE = 128
+
+
+@triton.jit
+def _valid(spans_ptr, record, num_spans, T, token, SPANS: tl.constexpr):
+    """Which of the tokens are keys of the record."""
+    valid = token < T
+    if SPANS:
+        inside = token < 0
+        longest = tl.zeros([1], tl.int64)
+        for i in range(num_spans):
+            at = spans_ptr + (record * num_spans + i) * 2
+            start, end = tl.load(at), tl.load(at + 1)
+            inside = inside | ((token >= start) & (token < end))
+            longest = tl.maximum(longest, tl.minimum(end, T) - tl.maximum(start, 0))
+        valid = valid & (inside | (longest == 0))
+    return valid
+
+
+@triton.jit
+def _rows(queries_ptr, record, m, M, T, QUERIES: tl.constexpr):
+    """The tokens whose rows these are, and which of them exist."""
+    if QUERIES:
+        token = tl.load(queries_ptr + record * M + m, mask=m < M, other=-1)
+    else:
+        token = m.to(tl.int64)
+    return token, (m < M) & (token >= 0) & (token < T)
+
+
+@triton.jit
+def _load(ptr, token, stride, d, D, mask):
+    at = ptr + token.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(at, mask=mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(ptr, token, stride, d, D, mask, x):
+    at = ptr + token.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _product(a, b):
+    # No TF32: what is float32 is meant so.
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _dropped(x, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT: tl.constexpr):
+    """What dropout makes of the weights [m, token] of a head."""
+    if DROPOUT:
+        k0, k1 = keys(seed_ptr)
+        index = (head * M + m)[:, None] * T + token[None, :]
+        x = tl.where(bits(k0, k1, index) >= threshold.to(tl.uint32), x * kept_scale, 0.0)
+    return x
+
+
+@triton.jit
+def _differentiate(
+    q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, threshold, kept_scale,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: the weights as dropout leaves them, and the gradients of the scores before their scale."""
+    weights = tl.exp(_product(q, tl.trans(k)) * scale - logsumexp[:, None])
+    weights = tl.where(valid[None, :], weights, 0.0)
+    dropped = _dropped(weights, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT)
+    of_weights = _product(grad, tl.trans(v))
+    of_weights = _dropped(of_weights, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT)
+    return dropped.to(q.dtype), (weights * (of_weights - mean[:, None])).to(q.dtype)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _masked_span_attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, spans_ptr, queries_ptr, seed_ptr, out_ptr, logsumexp_ptr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, H, T, M, D, num_spans, scale, threshold, kept_scale,
+    SPANS: tl.constexpr, QUERIES: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    m, d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    row, real = _rows(queries_ptr, b, m, M, T, QUERIES)
+    q = _load(q_ptr + b * q_b + h * q_h, row, q_t, d, D, real)
+    high, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, T, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        valid = _valid(spans_ptr, b, num_spans, T, token, SPANS)
+        k = _load(k_ptr + b * k_b + h * k_h, token, k_t, d, D, valid)
+        v = _load(v_ptr + b * v_b + h * v_h, token, v_t, d, D, valid)
+        scores = tl.where(valid[None, :], _product(q, tl.trans(k)) * scale, float("-inf"))
+        higher = tl.maximum(high, tl.max(scores, 1))
+        # No valid key so far: any number serves, but infinity would make NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights, shrink = tl.exp(scores - base[:, None]), tl.exp(high - base)
+        total = total * shrink + tl.sum(weights, 1)
+        weights = _dropped(weights, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT)
+        sums = sums * shrink[:, None] + _product(weights.to(v.dtype), v)
+        high = higher
+    out = tl.where(real[:, None], sums / total[:, None], 0.0)
+    _store(out_ptr + (b * M * H + h) * D, m, H * D, d, D, m < M, out)
+    logsumexp = tl.where(real, high + tl.log(total), float("inf"))
+    tl.store(logsumexp_ptr + head * M + m, logsumexp, mask=m < M)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _masked_span_attention_backward_keys_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, mean_ptr, logsumexp_ptr, spans_ptr, queries_ptr, seed_ptr, gradients_ptr,
+    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    H, T, M, D, num_spans, scale, threshold, kept_scale,
+    SPANS: tl.constexpr, QUERIES: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values; where all rows and keys are one tile (WHOLE), of the queries too."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    token, d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    valid = _valid(spans_ptr, b, num_spans, T, token, SPANS)
+    k = _load(k_ptr + b * k_b + h * k_h, token, k_t, d, D, valid)
+    v = _load(v_ptr + b * v_b + h * v_h, token, v_t, d, D, valid)
+    of_k, of_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    of_q_ptr = gradients_ptr + (b * T * 3 * H + h) * D
+    for first in range(0, M, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        row, real = _rows(queries_ptr, b, m, M, T, QUERIES)
+        q = _load(q_ptr + b * q_b + h * q_h, row, q_t, d, D, real)
+        grad = _load(grad_ptr + b * g_b + h * g_h, m, g_t, d, D, real)
+        logsumexp = tl.load(logsumexp_ptr + head * M + m, mask=m < M, other=float("inf"))
+        mean = tl.load(mean_ptr + head * M + m, mask=m < M, other=0.0)
+        weights, of_scores = _differentiate(
+            q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, threshold, kept_scale, DROPOUT
+        )  # fmt: skip
+        of_v += _product(tl.trans(weights), grad)
+        of_k += _product(tl.trans(of_scores), q)
+        if WHOLE:
+            of_q = _product(of_scores, k) * scale
+            if QUERIES:
+                # A token's gradient is the sum of its rows.
+                mine = (token[:, None] == row[None, :]) & real[None, :]
+                _store(of_q_ptr, token, 3 * H * D, d, D, token < T, _product(mine.to(tl.float32), of_q))
+            else:
+                _store(of_q_ptr, m, 3 * H * D, d, D, m < M, of_q)
+    _store(of_q_ptr + H * D, token, 3 * H * D, d, D, token < T, of_k * scale)
+    _store(of_q_ptr + 2 * H * D, token, 3 * H * D, d, D, token < T, of_v)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _masked_span_attention_backward_queries_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, mean_ptr, logsumexp_ptr, spans_ptr, queries_ptr, seed_ptr, of_q_ptr,
+    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    H, T, M, D, num_spans, scale, threshold, kept_scale, of_q_b, of_q_t,
+    SPANS: tl.constexpr, QUERIES: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of rows of q."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    m, d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    row, real = _rows(queries_ptr, b, m, M, T, QUERIES)
+    q = _load(q_ptr + b * q_b + h * q_h, row, q_t, d, D, real)
+    grad = _load(grad_ptr + b * g_b + h * g_h, m, g_t, d, D, real)
+    logsumexp = tl.load(logsumexp_ptr + head * M + m, mask=m < M, other=float("inf"))
+    mean = tl.load(mean_ptr + head * M + m, mask=m < M, other=0.0)
+    of_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, T, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        valid = _valid(spans_ptr, b, num_spans, T, token, SPANS)
+        k = _load(k_ptr + b * k_b + h * k_h, token, k_t, d, D, valid)
+        v = _load(v_ptr + b * v_b + h * v_h, token, v_t, d, D, valid)
+        _, of_scores = _differentiate(
+            q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, threshold, kept_scale, DROPOUT
+        )  # fmt: skip
+        of_q += _product(of_scores, k)
+    _store(of_q_ptr + b * of_q_b + h * D, m, of_q_t, d, D, m < M, of_q * scale)
+
+
+def _sizes(q: Tensor, M: int, spans: Tensor | None, dropout_p: float, scale: float) -> tuple[Any, ...]:
+    kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    num_spans = 0 if spans is None else spans.shape[1]
+    return q.shape[2], q.shape[1], M, q.shape[3], num_spans, scale, _dropout.threshold(dropout_p), kept_scale
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _options(
+    q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float, most: int
+) -> dict[str, Any]:
+    T, D = q.shape[1], max(16, triton.next_power_of_2(q.shape[3]))
+    # Wide heads leave less room for tokens, and so does float32.
+    most = max(16, most * 64 // max(64, D) * 2 // q.element_size()) if most < _WHOLE or D > _WHOLE else most
+    rows, tokens = (min(most, max(16, triton.next_power_of_2(n))) for n in (M, T))
+    return {
+        "SPANS": spans is not None,
+        "QUERIES": queries is not None,
+        "DROPOUT": dropout_p > 0,
+        "BLOCK_M": rows,
+        "BLOCK_N": tokens,
+        "BLOCK_D": D,
+        "num_warps": 8 if rows * tokens >= _WHOLE * _WHOLE else 4,
+        "num_stages": 1 if tokens >= T else 2,
+    }
+
+
+def masked_span_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, queries: Tensor | None, dropout_p: float,
+    seed: Tensor | None, scale: float, out: Tensor, logsumexp: Tensor,
+) -> None:  # fmt: skip
+    B, M, H, _ = out.shape
+    options = _options(q, M, spans, queries, dropout_p, _WHOLE if max(q.shape[1], M) <= _WHOLE else 64)
+    _masked_span_attention_forward_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
+        q, k, v, spans, queries, seed, out, logsumexp, *_strides(q, k, v), *_sizes(q, M, spans, dropout_p, scale),
+        **options,
+    )  # fmt: skip
+
+
+def masked_span_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, spans: Tensor | None,
+    queries: Tensor | None, dropout_p: float, seed: Tensor | None, scale: float, gradients: Tensor,
+) -> None:  # fmt: skip
+    B, M, H, _ = out.shape
+    T = q.shape[1]
+    # The mean of the gradients of each row's weights.
+    mean = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+    options = _options(q, M, spans, queries, dropout_p, _WHOLE if max(T, M) <= _WHOLE else 64)
+    whole = max(T, M) <= options["BLOCK_N"] and M <= options["BLOCK_M"]
+    given = grad, q, k, v, mean, logsumexp, spans, queries, seed
+    numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, dropout_p, scale)
+    _masked_span_attention_backward_keys_kernel[(B * H, triton.cdiv(T, options["BLOCK_N"]))](
+        *given, gradients, *numbers, WHOLE=whole, **options
+    )
+    if whole:
+        return
+    of_q = gradients[:, :, 0] if queries is None else q.new_empty(out.shape, dtype=torch.float32)
+    _masked_span_attention_backward_queries_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
+        *given, of_q, *numbers, *of_q.stride()[:2], **options
+    )
+    if queries is not None:
+        gradients[:, :, 0] = scatter_rows(of_q, queries, T)
