@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hubert_ecg.config import Compat
 from hubert_ecg.features.tokens import token_geometry
+from hubert_ecg.ops import masked_span_attention, spans_of
 
 Problem = Literal["multilabel", "multiclass", "regression"]
 Head = Literal["linear", "mlp", "label_embedding"]
@@ -351,22 +352,6 @@ def token_mask(config: HubertECGConfig, lengths: Tensor, num_samples: int, num_l
     return window_mask(valid, config.receptive_field, config.stride)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, dropout: float) -> Tensor:
-    """Softmax attention.
-
-    Args:
-        q: ``[B, heads, N, D]``.
-        k: ``[B, heads, N, D]``.
-        v: ``[B, heads, N, D]``.
-        keys: ``[B, 1, 1, N]`` bool, tokens that may be attended to; None is all.
-        dropout: Chance of dropping an attention weight.
-
-    Returns:
-        ``[B, heads, N, D]``.
-    """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
-
-
 def _group_norm(x: Tensor, norm: nn.GroupNorm, valid: Tensor) -> Tensor:
     """GroupNorm with one group for each channel and statistics over valid frames; x ``[B, C, F]``, valid ``[B, F]``."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -498,14 +483,13 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Args: x ``[B, N, H]``; keys ``[B, 1, 1, N]`` bool. Returns ``[B, N, H]``."""
+    def forward(self, x: Tensor, spans: Tensor | None = None) -> Tensor:
+        """Args: x ``[B, N, H]``; spans ``[B, S, 2]`` of valid tokens, None for all. Returns ``[B, N, H]``."""
         q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).unflatten(-1, (self.num_heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = attention(q, k, v, keys, self.dropout if self.training else 0.0)
-        return self.out_proj(y.transpose(1, 2).flatten(-2))
+        y = masked_span_attention(q, k, v, spans, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(y.flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -535,9 +519,9 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Args: x ``[B, N, H]``; keys ``[B, 1, 1, N]`` bool. Returns ``[B, N, H]``."""
-        x = self.layer_norm(x + self.dropout(self.attention(x, keys)))
+    def forward(self, x: Tensor, spans: Tensor | None = None) -> Tensor:
+        """Args: x ``[B, N, H]``; spans ``[B, S, 2]`` of valid tokens, None for all. Returns ``[B, N, H]``."""
+        x = self.layer_norm(x + self.dropout(self.attention(x, spans)))
         return self.final_layer_norm(x + self.feed_forward(x))
 
 
@@ -564,16 +548,15 @@ class Encoder(nn.Module):
         Returns:
             The last layer ``[B, N, H]``, and on request the embedding and every layer.
         """
-        keys = None
+        spans = None
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)
-            # A record without a valid token attends to everything: softmax over nothing would be NaN.
-            keys = (valid | ~valid.any(1, keepdim=True))[:, None, None]
+            spans = spans_of(valid)
         x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
         states = [x]
         for layer, keep in zip(self.layers, self._draw_layers(), strict=True):
             if keep:
-                x = self._run(layer, x, keys)
+                x = self._run(layer, x, spans)
             if output_hidden_states:
                 states.append(x)
         return x, tuple(states) if output_hidden_states else None
@@ -584,7 +567,7 @@ class Encoder(nn.Module):
             return [True] * len(self.layers)
         return (torch.rand(len(self.layers), device="cpu") >= self.layerdrop).tolist()
 
-    def _run(self, layer: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor:
+    def _run(self, layer: nn.Module, x: Tensor, spans: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, x, keys, use_reentrant=False)
-        return layer(x, keys)
+            return checkpoint(layer, x, spans, use_reentrant=False)
+        return layer(x, spans)

@@ -89,15 +89,10 @@ def spans_of(valid: torch.Tensor) -> torch.Tensor:
     tensor([[[0, 2],
              [3, 4]]])
     """
-    token = torch.arange(valid.shape[1] + 1, device=valid.device)
-    edge = torch.nn.functional.pad(valid, (1, 1))
-    # A token's place among the starts: the n-th start goes to place n, all else to a place beyond the last.
-    number = (valid.shape[1] + 1) // 2
-    bounds = []
-    for changes in (~edge[:, :-1] & edge[:, 1:], edge[:, :-1] & ~edge[:, 1:]):
-        place = torch.where(changes, changes.cumsum(1) - 1, number)
-        found = torch.zeros(len(valid), number + 1, dtype=torch.int64, device=valid.device)
-        bounds.append(found.scatter(1, place, token.expand_as(place))[:, :number])
+    edge, last = torch.nn.functional.pad(valid, (1, 1)), valid.shape[1]
+    token = torch.arange(last + 1, device=valid.device)
+    starts, ends = ~edge[:, :-1] & edge[:, 1:], edge[:, :-1] & ~edge[:, 1:]
+    bounds = [torch.where(changes, token, last).sort(1).values[:, : (last + 1) // 2] for changes in (starts, ends)]
     return torch.stack(bounds, -1)
 
 

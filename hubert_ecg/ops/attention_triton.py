@@ -16,8 +16,6 @@ from hubert_ecg.ops import _dropout
 from hubert_ecg.ops._dropout_triton import bits, keys
 from hubert_ecg.ops.attention_reference import scatter_rows
 
-_WHOLE = 128
-
 
 @triton.jit
 def _valid(spans_ptr, record, num_spans, T, token, SPANS: tl.constexpr):
@@ -203,12 +201,15 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _options(
-    q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float, most: int
+    q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float
 ) -> dict[str, Any]:
-    T, D = q.shape[1], max(16, triton.next_power_of_2(q.shape[3]))
-    # Wide heads leave less room for tokens, and so does float32.
-    most = max(16, most * 64 // max(64, D) * 2 // q.element_size()) if most < _WHOLE or D > _WHOLE else most
-    rows, tokens = (min(most, max(16, triton.next_power_of_2(n))) for n in (M, T))
+    """Tiles as a multiprocessor has room for: of 16-bit numbers all of a head, of float32 and of wide heads less."""
+    D, longest = max(16, triton.next_power_of_2(q.shape[3])), max(q.shape[1], M)
+    if q.element_size() == 2 and D <= 128:
+        most = 128 if longest <= 128 else 64
+    else:
+        most = max(16, 4096 // (D * q.element_size() // 2))
+    rows, tokens = (min(most, max(16, triton.next_power_of_2(n))) for n in (M, q.shape[1]))
     return {
         "SPANS": spans is not None,
         "QUERIES": queries is not None,
@@ -216,8 +217,8 @@ def _options(
         "BLOCK_M": rows,
         "BLOCK_N": tokens,
         "BLOCK_D": D,
-        "num_warps": 8 if rows * tokens >= _WHOLE * _WHOLE else 4,
-        "num_stages": 1 if tokens >= T else 2,
+        "num_warps": 8 if max(rows, tokens) == 128 else 4,
+        "num_stages": 1 if tokens >= q.shape[1] else 2,
     }
 
 
@@ -226,7 +227,7 @@ def masked_span_attention(
     seed: Tensor | None, scale: float, out: Tensor, logsumexp: Tensor,
 ) -> None:  # fmt: skip
     B, M, H, _ = out.shape
-    options = _options(q, M, spans, queries, dropout_p, _WHOLE if max(q.shape[1], M) <= _WHOLE else 64)
+    options = _options(q, M, spans, queries, dropout_p)
     _masked_span_attention_forward_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
         q, k, v, spans, queries, seed, out, logsumexp, *_strides(q, k, v), *_sizes(q, M, spans, dropout_p, scale),
         **options,
@@ -241,8 +242,8 @@ def masked_span_attention_backward(
     T = q.shape[1]
     # The mean of the gradients of each row's weights.
     mean = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
-    options = _options(q, M, spans, queries, dropout_p, _WHOLE if max(T, M) <= _WHOLE else 64)
-    whole = max(T, M) <= options["BLOCK_N"] and M <= options["BLOCK_M"]
+    options = _options(q, M, spans, queries, dropout_p)
+    whole = T <= options["BLOCK_N"] and M <= options["BLOCK_M"]
     given = grad, q, k, v, mean, logsumexp, spans, queries, seed
     numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, dropout_p, scale)
     _masked_span_attention_backward_keys_kernel[(B * H, triton.cdiv(T, options["BLOCK_N"]))](
