@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hubert_ecg.config import Compat
 from hubert_ecg.features.tokens import token_geometry
-from hubert_ecg.ops import masked_span_attention, spans_of
+from hubert_ecg.ops import add_norm, bias_gelu, mask_embedding, masked_span_attention, spans_of
 
 Problem = Literal["multilabel", "multiclass", "regression"]
 Head = Literal["linear", "mlp", "label_embedding"]
@@ -254,7 +254,7 @@ class ModelOutput:
     """What a model returns; what it does not compute is None.
 
     Attributes:
-        last_hidden_state: ``[B, N, H]``, the last layer.
+        last_hidden_state: ``[B, N, H]``, the last layer; ``[B, M, H]`` where only masked tokens reach the loss.
         hidden_states: ``num_hidden_layers + 1`` tensors ``[B, N, H]``: the embedding, then each layer.
         valid: ``[B, N]`` bool, tokens that see a recording; None where there is no padding.
         logits: ``[B, num_labels]`` of a classifier; one ``[B, N, K]`` for each codebook in masked prediction.
@@ -414,9 +414,15 @@ class FeatureProjection(nn.Module):
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = nn.Dropout(config.feat_proj_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, C]`` to ``[B, N, H]``."""
-        return self.dropout(self.projection(self.layer_norm(x)))
+    def forward(self, x: Tensor, masked: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, H]``; tokens that are ``masked`` ``[B, N]`` become ``embedding`` ``[H]``."""
+        x = self.layer_norm(x)
+        if masked is None or embedding is None:
+            return self.dropout(self.projection(x))
+        if self.training and self.dropout.p > 0:
+            x = self.dropout(self.projection(x))
+            return torch.where(masked[..., None], embedding.to(x.dtype), x)
+        return mask_embedding(F.linear(x, self.projection.weight), self.projection.bias, embedding, masked)
 
 
 def _fourier_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -483,13 +489,22 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, spans: Tensor | None = None) -> Tensor:
-        """Args: x ``[B, N, H]``; spans ``[B, S, 2]`` of valid tokens, None for all. Returns ``[B, N, H]``."""
-        q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = masked_span_attention(q, k, v, spans, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(y.flatten(-2))
+    def forward(self, x: Tensor, spans: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Each token's look at the others.
+
+        Args:
+            x: ``[B, N, H]``.
+            spans: ``[B, S, 2]`` of valid tokens; None for all.
+            rows: ``[B, M]``, the tokens whose results are wanted; None for all.
+
+        Returns:
+            ``[B, N, H]`` or ``[B, M, H]``.
+        """
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -497,15 +512,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
+        self.dropout = config.activation_dropout
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, H]`` to ``[B, N, H]``."""
-        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
-        return self.output_dropout(self.output_dense(x))
+        first = self.intermediate_dense
+        x = bias_gelu(F.linear(x, first.weight), first.bias, self.dropout if self.training else 0.0)
+        return self.output_dense(x)
 
 
 class EncoderLayer(nn.Module):
@@ -513,16 +528,25 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
+        self.dropout = config.hidden_dropout
         self.attention = Attention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, spans: Tensor | None = None) -> Tensor:
-        """Args: x ``[B, N, H]``; spans ``[B, S, 2]`` of valid tokens, None for all. Returns ``[B, N, H]``."""
-        x = self.layer_norm(x + self.dropout(self.attention(x, spans)))
-        return self.final_layer_norm(x + self.feed_forward(x))
+    def forward(self, x: Tensor, spans: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """``[B, N, H]`` to ``[B, N, H]``, or to ``[B, M, H]`` for the tokens ``rows``; see :class:`Attention`."""
+        y = self.attention(x, spans, rows)
+        x = self._add(y, x if rows is None else take_tokens(x, rows), self.layer_norm)
+        return self._add(self.feed_forward(x), x, self.final_layer_norm)
+
+    def _add(self, y: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return add_norm(y, x, norm.weight, norm.bias, norm.eps, self.dropout if self.training else 0.0)
+
+
+def take_tokens(x: Tensor, rows: Tensor) -> Tensor:
+    """The tokens ``rows`` ``[B, M]`` of x ``[B, N, H]``: ``[B, M, H]``."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Encoder(nn.Module):
@@ -541,12 +565,22 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, output_hidden_states: bool = False
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        output_hidden_states: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Args: x ``[B, N, H]``; valid ``[B, N]`` bool, tokens that are no padding.
+        """From the projected tokens to the last layer.
+
+        Args:
+            x: ``[B, N, H]``.
+            valid: ``[B, N]`` bool, tokens that are no padding.
+            output_hidden_states: Also return the embedding and every layer.
+            rows: ``[B, M]``, the only tokens whose last hidden states are wanted: the last layer computes no others.
 
         Returns:
-            The last layer ``[B, N, H]``, and on request the embedding and every layer.
+            The last layer ``[B, N, H]`` or ``[B, M, H]``, and on request the embedding and every layer.
         """
         spans = None
         if valid is not None:
@@ -554,11 +588,15 @@ class Encoder(nn.Module):
             spans = spans_of(valid)
         x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
         states = [x]
-        for layer, keep in zip(self.layers, self._draw_layers(), strict=True):
-            if keep:
-                x = self._run(layer, x, spans)
+        keep = self._draw_layers()
+        last = max([-1, *[index for index, kept in enumerate(keep) if kept]])
+        for index, layer in enumerate(self.layers):
+            if keep[index]:
+                x = self._run(layer, x, spans, rows if index == last else None)
             if output_hidden_states:
                 states.append(x)
+        if rows is not None and last < 0:
+            x = take_tokens(x, rows)
         return x, tuple(states) if output_hidden_states else None
 
     def _draw_layers(self) -> Sequence[bool]:
@@ -567,7 +605,7 @@ class Encoder(nn.Module):
             return [True] * len(self.layers)
         return (torch.rand(len(self.layers), device="cpu") >= self.layerdrop).tolist()
 
-    def _run(self, layer: nn.Module, x: Tensor, spans: Tensor | None) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, x, spans, use_reentrant=False)
-        return layer(x, spans)
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)

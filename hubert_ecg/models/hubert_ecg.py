@@ -143,8 +143,9 @@ class Backbone(Pretrained, nn.Module):
         lengths: Tensor | None = None,
         mask_indices: Tensor | None = None,
         output_hidden_states: bool = False,
+        rows: Tensor | None = None,
     ) -> ModelOutput:
-        """From samples to hidden states; see :meth:`HubertECG.forward`."""
+        """From samples to hidden states; see :meth:`HubertECG.forward` and, for ``rows``, :class:`Encoder`."""
         ecg, valid_samples = self._flatten(ecg, lengths)
         if num_tokens(self.config, ecg.shape[1]) < 1:
             raise ValueError(
@@ -155,15 +156,15 @@ class Backbone(Pretrained, nn.Module):
         if valid_samples is not None:
             ecg = ecg.masked_fill(~valid_samples, 0)
             valid = window_mask(valid_samples, self.config.receptive_field, self.config.stride)
-        x = self.feature_projection(self.feature_extractor(ecg, valid_samples))
+        x, masked = self.feature_extractor(ecg, valid_samples), None
         if mask_indices is not None:
             if mask_indices.ndim != 2 or len(mask_indices) != len(x):
                 raise ValueError(
                     f"{type(self).__name__}: mask_indices must be [{len(x)}, M], got {list(mask_indices.shape)}"
                 )
             masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, mask_indices, True)
-            x = torch.where(masked[..., None], self.masked_spec_embed.to(x.dtype), x)
-        x, states = self.encoder(x, valid, output_hidden_states)
+        x = self.feature_projection(x, masked, self.masked_spec_embed)
+        x, states = self.encoder(x, valid, output_hidden_states, rows)
         return ModelOutput(last_hidden_state=x, hidden_states=states, valid=valid)
 
     def _flatten(self, ecg: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,6 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[..., D] as the CPU's kernels take it: [N, D] in the dtype they compute in."""
-    return x.to(wide(x)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    return x.to(dtype or wide(x)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()

@@ -39,7 +39,8 @@ def add_norm(
 
     Args:
         x: [..., D], any floating dtype; sums and statistics are kept in float32 at least.
-        residual: like ``x``.
+        residual: [..., D], of the dtype of ``x`` or another one: under autocast a product is in half precision, what it
+            is added to is not.
         weight: [D], gains of the norm.
         bias: [D], offsets of the norm.
         eps: added to the variance.
@@ -48,15 +49,15 @@ def add_norm(
             draws one from torch's generator.
 
     Returns:
-        [..., D] of the dtype of ``x``.
+        [..., D] of the dtype of ``residual``.
 
     Raises:
         ValueError: a wrong shape, dtype or range, named with what was given.
     """
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"add_norm: x must be floating point [..., D], got {describe(x)}")
-    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-        raise ValueError(f"add_norm: residual must be like x, {describe(x)}, got {describe(residual)}")
+    if residual.shape != x.shape or not residual.is_floating_point() or residual.device != x.device:
+        raise ValueError(f"add_norm: residual must be floating point {list(x.shape)}, got {describe(residual)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != x.shape[-1:] or not parameter.is_floating_point() or parameter.device != x.device:
             want = f"floating point [{x.shape[-1]}]"
@@ -67,49 +68,48 @@ def add_norm(
     return _add_norm.call(x, residual, weight, bias, eps, dropout_p, seed)[0]
 
 
-def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=wide(x)) for _ in range(2))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), mean, rstd
+def _outputs(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=wide(residual)) for _ in range(2))
+    return _dense(residual), mean, rstd
 
 
-def _gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    to_x, to_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    return to_x, to_residual, torch.empty_like(weight), torch.empty_like(weight)
+def _dense(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 @_add_norm.fake
 def _(x, residual, weight, bias, eps, dropout_p, seed):
-    return _outputs(x)
+    return _outputs(residual)
 
 
 @_backward.fake
 def _(grad, x, residual, weight, mean, rstd, dropout_p, seed):
-    return _gradients(x, weight)
+    return _dense(x), _dense(residual), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @_add_norm.native
 def _(kernel, x, residual, weight, bias, eps, dropout_p, seed):
-    rows = as_rows(x)
+    added, rows = as_rows(x, wide(residual)), as_rows(residual)
     y, mean, rstd = torch.empty_like(rows), rows.new_empty(len(rows)), rows.new_empty(len(rows))
     parameters = (t.to(rows.dtype).contiguous() for t in (weight, bias))
-    kernel(rows, as_rows(residual), *parameters, eps, dropout_p, _dropout.stored(seed, x), y, mean, rstd)
-    return y.view(x.shape).to(x.dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+    kernel(added, rows, *parameters, eps, dropout_p, _dropout.stored(seed, x), y, mean, rstd)
+    return y.view(x.shape).to(residual.dtype), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 @_backward.native
 def _(kernel, grad, x, residual, weight, mean, rstd, dropout_p, seed):
-    rows = as_rows(x)
+    rows = as_rows(residual)
     gain, *statistics = (t.to(rows.dtype).flatten().contiguous() for t in (weight, mean, rstd))
-    to_x, to_residual, to_weight, to_bias = _gradients(rows, gain)
-    given = (as_rows(grad), rows, as_rows(residual), gain, *statistics)
+    to_x, to_residual, to_weight, to_bias = (torch.empty_like(t) for t in (rows, rows, gain, gain))
+    given = (as_rows(grad), as_rows(x, rows.dtype), rows, gain, *statistics)
     kernel(*given, dropout_p, _dropout.stored(seed, x), to_x, to_residual, to_weight, to_bias)
-    to_x, to_residual = (t.view(x.shape).to(x.dtype) for t in (to_x, to_residual))
+    to_x, to_residual = to_x.view(x.shape).to(x.dtype), to_residual.view(x.shape).to(residual.dtype)
     return to_x, to_residual, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
 
 
 @_add_norm.triton
 def _(kernels, x, residual, weight, bias, eps, dropout_p, seed):
-    outputs = _outputs(x)
+    outputs = _outputs(residual)
     if x.numel():
         given = (t.contiguous() for t in (x, residual, weight, bias))
         kernels.add_norm(*given, eps, dropout_p, seed, *outputs)

@@ -70,13 +70,13 @@ def _add_norm_backward_kernel(
     tl.store(sums_ptr + (program * 2 + 1) * D + column, to_bias, mask=column < D)
 
 
-def _options(x: Tensor, dropout_p: float) -> dict[str, object]:
-    block = triton.next_power_of_2(x.shape[-1])
+def _options(residual: Tensor, dropout_p: float) -> dict[str, object]:
+    block = triton.next_power_of_2(residual.shape[-1])
     return {
         "threshold": _dropout.threshold(dropout_p),
         "scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
         "DROPOUT": dropout_p > 0,
-        "WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "WIDE": tl.float64 if residual.dtype == torch.float64 else tl.float32,
         "BLOCK": block,
         "num_warps": min(16, max(1, block // 256)),
     }
@@ -88,7 +88,7 @@ def add_norm(
 ) -> None:  # fmt: skip
     rows, D = mean.numel(), x.shape[-1]
     _add_norm_forward_kernel[(rows,)](
-        x, residual, weight, bias, seed, y, mean, rstd, D, eps, **_options(x, dropout_p)
+        x, residual, weight, bias, seed, y, mean, rstd, D, eps, **_options(residual, dropout_p)
     )  # fmt: skip
 
 
@@ -97,16 +97,16 @@ def add_norm_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, D = mean.numel(), x.shape[-1]
-    to_x, to_residual = torch.empty_like(x), torch.empty_like(x)
+    to_x, to_residual = torch.empty_like(x), torch.empty_like(residual)
     # Each program sums the rows that it has; the sums are added in a fixed order.
     programs = min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3)
     per_program = triton.cdiv(rows, programs) if rows else 1
     programs = triton.cdiv(rows, per_program)
-    sums = x.new_empty(programs, 2, D, dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = residual.new_empty(programs, 2, D, dtype=torch.promote_types(residual.dtype, torch.float32))
     if rows:
         _add_norm_backward_kernel[(programs,)](
             grad, x, residual, weight, mean, rstd, seed, to_x, to_residual, sums, rows, D,
-            per_program=per_program, **_options(x, dropout_p),
+            per_program=per_program, **_options(residual, dropout_p),
         )  # fmt: skip
     to_weight, to_bias = sums.sum(0).to(weight.dtype)
     return to_x, to_residual, to_weight, to_bias
