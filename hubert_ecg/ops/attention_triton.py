@@ -36,10 +36,9 @@ def _valid(spans_ptr, record, num_spans, T, token, SPANS: tl.constexpr):
 @triton.jit
 def _rows(queries_ptr, record, m, M, T, QUERIES: tl.constexpr):
     """The tokens whose rows these are, and which of them exist."""
+    token = m.to(tl.int64)
     if QUERIES:
         token = tl.load(queries_ptr + record * M + m, mask=m < M, other=-1)
-    else:
-        token = m.to(tl.int64)
     return token, (m < M) & (token >= 0) & (token < T)
 
 
@@ -200,9 +199,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def _options(
-    q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float
-) -> dict[str, Any]:
+def _options(q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float) -> dict[str, Any]:
     """Tiles as a multiprocessor has room for: of 16-bit numbers all of a head, of float32 and of wide heads less."""
     D, longest = max(16, triton.next_power_of_2(q.shape[3])), max(q.shape[1], M)
     if q.element_size() == 2 and D <= 128:
@@ -243,7 +240,7 @@ def masked_span_attention_backward(
     # The mean of the gradients of each row's weights.
     mean = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     options = _options(q, M, spans, queries, dropout_p)
-    whole = T <= options["BLOCK_N"] and M <= options["BLOCK_M"]
+    whole = options["BLOCK_N"] >= T and options["BLOCK_M"] >= M
     given = grad, q, k, v, mean, logsumexp, spans, queries, seed
     numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, dropout_p, scale)
     _masked_span_attention_backward_keys_kernel[(B * H, triton.cdiv(T, options["BLOCK_N"]))](
