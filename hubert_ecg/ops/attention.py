@@ -45,8 +45,8 @@ def masked_span_attention(
     tensor([3., 3., 3., 3.])
 
     Args:
-        q: queries, [B, T, H, D] of a floating dtype and any strides: parts of a packed tensor are not copied. Or queries,
-            keys and values in one, [B, T, 3, H, D], and no k and v.
+        q: queries, [B, T, H, D] of a floating dtype and any strides: parts of a packed tensor are not copied. Or
+            queries, keys and values in one, [B, T, 3, H, D], and no k and v.
         k: keys, as q.
         v: values, as q.
         spans: start and end (exclusive) of the valid tokens of each record, [B, S, 2] int64. Empty spans are padding,
