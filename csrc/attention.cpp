@@ -139,9 +139,7 @@ void of_type(const Tensor& x, const Work& work) {
 
 void masked_span_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor queries, Tensor seed, Tensor out,
                                Tensor logsumexp, double dropout_p, double scale) {
-  of_type(q, [&](auto one) {
-    run<decltype(one)>(q, k, v, spans, queries, seed, out, logsumexp, dropout_p, scale);
-  });
+  of_type(q, [&](auto one) { run<decltype(one)>(q, k, v, spans, queries, seed, out, logsumexp, dropout_p, scale); });
 }
 
 void masked_span_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,

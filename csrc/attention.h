@@ -48,8 +48,8 @@ struct AttentionInputs {
   const int64_t *spans, *queries, *seed;  // null: none
   Sum* logsumexp;                         // [B, H, M]
   int64_t B, tokens, M, H, D, S;
-  Sum scale, kept_scale;
-  uint32_t threshold;
+  Sum scale;
+  double dropout_p;
 };
 
 template <class T>
@@ -93,14 +93,13 @@ AttentionInputs<T, Sum> attention_inputs(const char* op, const Tensor& q, const 
           D,
           limited ? spans.size(1) : 0,
           static_cast<Sum>(scale),
-          static_cast<Sum>(dropout_scale(dropout_p)),
-          dropout_threshold(dropout_p)};
+          dropout_p};
 }
 
 template <class T>
 void check_attention_gradients(const Tensor& grad, const Tensor& q, const Tensor& out, const Tensor& gradients) {
-  HUBERT_ECG_CHECK(is_heads<T>(grad, q, out.size(1)), "masked_span_attention_backward: grad must be like out (",
-                   out, "), got ", grad);
+  HUBERT_ECG_CHECK(is_heads<T>(grad, q, out.size(1)), "masked_span_attention_backward: grad must be like out (", out,
+                   "), got ", grad);
   HUBERT_ECG_CHECK(gradients.ndim() == 5 && gradients.is<T>() && gradients.contiguous() &&
                        gradients.size(0) == q.size(0) && gradients.size(1) == q.size(1) && gradients.size(2) == 3 &&
                        gradients.size(3) == q.size(2) && gradients.size(4) == q.size(3),

@@ -1,4 +1,5 @@
 // The inner loops of attention.cpp for one instruction set (every_isa.h).
+#include "dropped_rows_simd.h"
 #include "halves_simd.h"
 #include "vectors_simd.h"
 
@@ -17,7 +18,8 @@ inline __attribute__((always_inline)) float widen_to(T x, float) {
   return widen(x);
 }
 
-// Columns [0, 2 W), [2 W, 4 W), ... of c = a b, or c += a b: a(r, k) = a[r * pitch + k], where kTurned a[k * pitch + r].
+// Columns [0, 2 W), [2 W, 4 W), ... of c = a b, or c += a b: a(r, k) = a[r * pitch + k], where kTurned a[k * pitch +
+// r].
 //   b [depth][columns]; c [rows, rounded up to kRows][columns]; columns a multiple of 2 W
 template <bool kTurned, class Sum>
 HUBERT_ECG_TARGET static void multiply(const Sum* a, int64_t pitch, const Sum* b, int64_t rows, int64_t depth,
@@ -107,16 +109,11 @@ HUBERT_ECG_TARGET static inline __attribute__((always_inline)) V<double> exponen
   return x;
 }
 
-// What dropout multiplies the weights of a row by; `first` is the index of the row's first key.
+// What dropout multiplies the weights of a row by; `first` is the index of its first token.
 template <class Sum>
-HUBERT_ECG_TARGET static void drop(const DropoutKeys& dropout, uint64_t first, const int32_t* key, int64_t n,
-                                   uint32_t threshold, Sum scale, Sum* factor) {
-  const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
-  const uint32_t upper = dropout.upper(high), carried = dropout.upper(high + 1);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t at = low + uint32_t(key[i]);
-    factor[i] = dropout.bits(at, at < low ? carried : upper) >= threshold ? scale : Sum(0);
-  }
+HUBERT_ECG_TARGET static void drop(Dropout<Sum> dropout, uint64_t first, const int32_t* key, int64_t n, Sum* factor) {
+  dropout.at(first);
+  for (int64_t i = 0; i < n; ++i) factor[i] = dropout(uint32_t(key[i]));
 }
 
 // Turns a row of n scores into weights that are not divided by their sum yet; columns: n rounded up to W.
@@ -164,15 +161,15 @@ HUBERT_ECG_TARGET static Sum dot(const Sum* a, const Sum* b, int64_t n) {
 
 // One head of one record. `keys` [n] are the valid ones, in both widths.
 template <class T>
-HUBERT_ECG_TARGET static void forward(const Inputs<T>& in, int64_t b, int64_t h, const Keys& keys, Scratch<Wide<T>>& scratch,
-                                      const Heads<T>& out) {
+HUBERT_ECG_TARGET static void forward(const Inputs<T>& in, int64_t b, int64_t h, const Keys& keys,
+                                      Scratch<Wide<T>>& scratch, const Heads<T>& out) {
   using Sum = Wide<T>;
   constexpr int L = 2 * Simd<Sum>::width;
   const int64_t n = keys.count, D = in.D, columns = round_up(n, L), width = round_up(D, L);
   Sum *const k = scratch.take(D * columns), *const v = scratch.take(n * width), *const q = scratch.take(kBlock * D);
   Sum *const weights = scratch.take(kBlock * columns), *const sums = scratch.take(kBlock * width);
   Sum *const factor = scratch.take(columns), *const by = scratch.take(kBlock);
-  const DropoutKeys dropout(in.seed ? uint64_t(*in.seed) : 0);
+  const Dropout<Sum> dropout(in.dropout_p, in.seed);
   pack_turned(in.k.row(b, 0, h), in.k.t, keys.wide, n, D, columns, k);
   pack(in.v.row(b, 0, h), in.v.t, keys.wide, in.tokens, n, D, Sum(1), width, v);
   for (int64_t first = 0; first < in.M; first += kBlock) {
@@ -190,7 +187,7 @@ HUBERT_ECG_TARGET static void forward(const Inputs<T>& in, int64_t b, int64_t h,
       in.logsumexp[at] = outside ? std::numeric_limits<Sum>::infinity() : most + std::log(sum);
       by[i] = outside ? Sum(0) : 1 / sum;
       if (!in.seed) continue;
-      drop(dropout, uint64_t(at) * uint64_t(in.tokens), keys.narrow, n, in.threshold, in.kept_scale, factor);
+      drop(dropout, uint64_t(at) * uint64_t(in.tokens), keys.narrow, n, factor);
       for (int64_t j = 0; j < n; ++j) row[j] *= factor[j];
     }
     multiply<false>(weights, columns, v, rows, n, width, false, sums);
@@ -199,19 +196,21 @@ HUBERT_ECG_TARGET static void forward(const Inputs<T>& in, int64_t b, int64_t h,
 }
 
 template <class T>
-HUBERT_ECG_TARGET static void backward(const Inputs<T>& in, int64_t b, int64_t h, const Keys& keys, Scratch<Wide<T>>& scratch,
-                                       const Heads<const T>& grad, const Heads<const T>& out, const Heads<T>& of_q,
-                                       const Heads<T>& of_k, const Heads<T>& of_v) {
+HUBERT_ECG_TARGET static void backward(const Inputs<T>& in, int64_t b, int64_t h, const Keys& keys,
+                                       Scratch<Wide<T>>& scratch, const Heads<const T>& grad, const Heads<const T>& out,
+                                       const Heads<T>& of_q, const Heads<T>& of_k, const Heads<T>& of_v) {
   using Sum = Wide<T>;
   constexpr int L = 2 * Simd<Sum>::width;
   const int64_t n = keys.count, D = in.D, columns = round_up(n, L), width = round_up(D, L);
   Sum *const k_turned = scratch.take(D * columns), *const v_turned = scratch.take(D * columns);
-  Sum *const k = scratch.take(n * width), *const q = scratch.take(kBlock * width), *const g = scratch.take(kBlock * width);
+  Sum *const k = scratch.take(n * width), *const q = scratch.take(kBlock * width),
+             *const g = scratch.take(kBlock * width);
   Sum *const weights = scratch.take(kBlock * columns), *const of_weights = scratch.take(kBlock * columns);
   Sum *const k_sums = scratch.take((n + kBlock) * width), *const v_sums = scratch.take((n + kBlock) * width);
-  Sum *const sums = scratch.take(kBlock * width), *const factor = scratch.take(columns), *const row_out = scratch.take(D);
+  Sum *const sums = scratch.take(kBlock * width), *const factor = scratch.take(columns),
+             *const row_out = scratch.take(D);
   Sum* const q_sums = scratch.take(in.queries ? in.tokens * D : 0);
-  const DropoutKeys dropout(in.seed ? uint64_t(*in.seed) : 0);
+  const Dropout<Sum> dropout(in.dropout_p, in.seed);
   pack_turned(in.k.row(b, 0, h), in.k.t, keys.wide, n, D, columns, k_turned);
   pack_turned(in.v.row(b, 0, h), in.v.t, keys.wide, n, D, columns, v_turned);
   pack(in.k.row(b, 0, h), in.k.t, keys.wide, in.tokens, n, D, Sum(1), width, k);
@@ -226,7 +225,7 @@ HUBERT_ECG_TARGET static void backward(const Inputs<T>& in, int64_t b, int64_t h
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (b * in.H + h) * in.M + first + i;
       pack(out.row(b, first + i, h), out.t, nullptr, 1, 1, D, Sum(1), D, row_out);
-      if (in.seed) drop(dropout, uint64_t(at) * uint64_t(in.tokens), keys.narrow, n, in.threshold, in.kept_scale, factor);
+      if (in.seed) drop(dropout, uint64_t(at) * uint64_t(in.tokens), keys.narrow, n, factor);
       differentiate(weights + i * columns, of_weights + i * columns, in.seed ? factor : nullptr, columns,
                     in.logsumexp[at], dot(g + i * width, row_out, D));
     }

@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "add_norm.h"
-#include "bias_gelu.h"
 #include "attention.h"
+#include "bias_gelu.h"
 #include "deltas.h"
 #include "kmeans.h"
 #include "label.h"

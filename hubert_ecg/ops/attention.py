@@ -45,8 +45,8 @@ def masked_span_attention(
     tensor([3., 3., 3., 3.])
 
     Args:
-        q: queries, [B, T, H, D] of a floating dtype; or queries, keys and values in one, [B, T, 3, H, D], and no k and v.
-            Any strides: parts of a packed tensor are not copied.
+        q: queries, [B, T, H, D] of a floating dtype and any strides: parts of a packed tensor are not copied. Or
+            queries, keys and values in one, [B, T, 3, H, D], and no k and v.
         k: keys, as q.
         v: values, as q.
         spans: start and end (exclusive) of the valid tokens of each record, [B, S, 2] int64. Empty spans are padding,
@@ -71,14 +71,12 @@ def masked_span_attention(
         if not packed and (x is None or x.shape != q.shape or x.dtype != q.dtype):
             given = None if x is None else describe(x)
             raise ValueError(f"masked_span_attention: {name} must be {describe(q)} as q is, got {given}")
-    for name, x, want in (("spans", spans, (q.shape[0], "S", 2)), ("queries", queries, (q.shape[0], "M"))):
-        if x is None:
-            continue
-        known = [size for size in zip(x.shape, want, strict=False) if size[1] not in ("S", "M")]
-        if x.dtype != torch.int64 or x.ndim != len(want) or any(size != wanted for size, wanted in known):
-            shape = ", ".join(map(str, want))
-            raise ValueError(f"masked_span_attention: {name} must be int64 [{shape}], got {describe(x)}")
-    seed = _dropout.check("masked_span_attention", dropout_p, seed, q.device)
+    B, op = q.shape[0], "masked_span_attention"
+    if spans is not None and (spans.dtype != torch.int64 or spans.ndim != 3 or spans.shape[::2] != (B, 2)):
+        raise ValueError(f"{op}: spans must be int64 [{B}, S, 2], got {describe(spans)}")
+    if queries is not None and (queries.dtype != torch.int64 or queries.ndim != 2 or queries.shape[0] != B):
+        raise ValueError(f"{op}: queries must be int64 [{B}, M], got {describe(queries)}")
+    seed = _dropout.check(op, dropout_p, seed, q.device)
     return _attention.call(q, k, v, spans, queries, dropout_p, seed, scale)[0]
 
 

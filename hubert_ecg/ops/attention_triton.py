@@ -36,10 +36,9 @@ def _valid(spans_ptr, record, num_spans, T, token, SPANS: tl.constexpr):
 @triton.jit
 def _rows(queries_ptr, record, m, M, T, QUERIES: tl.constexpr):
     """The tokens whose rows these are, and which of them exist."""
+    token = m.to(tl.int64)
     if QUERIES:
         token = tl.load(queries_ptr + record * M + m, mask=m < M, other=-1)
-    else:
-        token = m.to(tl.int64)
     return token, (m < M) & (token >= 0) & (token < T)
 
 
