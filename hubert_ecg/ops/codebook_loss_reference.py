@@ -1,0 +1,111 @@
+"""What the loss of masked prediction computes, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+# A shorter vector is divided by this instead of its length.
+EPSILON = 1e-8
+
+
+def codebook_cross_entropy(
+    x: Tensor, codebook: Tensor, labels: Tensor, temperature: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = unit(x)[0] @ unit(codebook)[0].T / temperature
+    logsumexp = logits.logsumexp(1)
+    own = logits.gather(1, labels.clamp(0, len(codebook) - 1)[:, None])[:, 0]
+    return row_loss(logsumexp - own, labels, len(codebook)), logsumexp, logits.argmax(1)
+
+
+def codebook_cross_entropy_backward(
+    grad_loss: Tensor,
+    grad_logsumexp: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    labels: Tensor,
+    logsumexp: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    (u, u_scale), (c, c_scale) = unit(x), unit(codebook)
+    grad_loss = row_loss(grad_loss, labels, len(codebook))
+    slope = (u @ c.T / temperature - logsumexp[:, None]).exp() * (grad_loss + grad_logsumexp)[:, None]
+    slope.scatter_add_(1, labels.clamp(0, len(codebook) - 1)[:, None], -grad_loss[:, None])
+    slope /= temperature
+    return through_unit(slope @ c, u, u_scale), through_unit(slope.T @ u, c, c_scale)
+
+
+def row_loss(loss: Tensor, labels: Tensor, num_entries: int) -> Tensor:
+    """Loss of each row: 0 where the label is ignored, NaN where it is no entry of the codebook."""
+    known = (labels >= 0) & (labels < num_entries)
+    return loss.where(known, torch.where(labels == IGNORED, 0.0, torch.nan).to(loss.dtype))
+
+
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, and what they were multiplied by."""
+    # Divided by their largest number first, so that no square overflows.
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min(EPSILON)
+    u = x / largest
+    scale = (torch.linalg.vector_norm(u, dim=1, keepdim=True) * largest).clamp_min(EPSILON).reciprocal()
+    return u.mul_(largest * scale), scale
+
+
+def through_unit(grad: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of ``x``, in place, from that of ``u, scale = unit(x)``; along ``u`` it vanishes, but for a short ``x``."""
+    along = (grad[:, None] @ u[..., None])[..., 0] * (scale * EPSILON < 1)
+    return grad.addcmul_(u, along, value=-1).mul_(scale)
+
+
+def codebook_cross_entropy_samples(device: str) -> Iterator[tuple[Any, ...]]:
+    random = torch.Generator().manual_seed(0)
+
+    def sample(r: int, k: int, p: int, temperature: float = 0.1, scale: float = 1.0) -> tuple[Any, ...]:
+        x, codebook = (scale * torch.randn(n, p, generator=random) for n in (r, k))
+        labels = torch.randint(0, k, (r,), generator=random)
+        labels[::5] = IGNORED
+        return x.to(device), codebook.to(device), labels.to(device), temperature
+
+    for shape in [(7, 5, 3), (0, 3, 5), (1, 1, 1), (93, 100, 24), (65, 257, 33), (130, 67, 129), (33, 2003, 7)]:
+        yield sample(*shape)
+    # Far outside and far inside of what float32 can square; a temperature at which exp needs the largest logit.
+    yield sample(20, 9, 5, scale=1e25)
+    yield sample(20, 9, 5, scale=1e-6)
+    yield sample(20, 9, 5, temperature=0.004)
+    # Vectors without a direction, a codebook of which every entry but one is such, labels that are all ignored.
+    x, codebook, labels, temperature = sample(9, 6, 5)
+    yield x.where(torch.arange(9, device=device)[:, None] % 3 > 0, 0.0), codebook, labels, temperature
+    yield x, codebook.where(torch.arange(6, device=device)[:, None] == 4, 0.0), labels, temperature
+    yield x, codebook, torch.full_like(labels, IGNORED), temperature
+
+
+def codebook_cross_entropy_backward_samples(device: str) -> Iterator[tuple[Any, ...]]:
+    random = torch.Generator().manual_seed(1)
+    for x, codebook, labels, temperature in codebook_cross_entropy_samples(device):
+        # As large as makes what follows from them about 1.
+        size = x.abs().amax().clamp_min(1e-6) * temperature if len(x) else 1.0
+        grads = (torch.randn(len(x), generator=random).to(device) * size for _ in range(2))
+        logsumexp = codebook_cross_entropy(x.double(), codebook.double(), labels, temperature)[1].to(x.dtype)
+        yield *grads, x, codebook, labels, logsumexp, temperature
+
+
+# A logit of 1 / temperature has an error of some ulp: the loss has it as it is, the gradient as a factor.
+codebook_cross_entropy_tolerance = {torch.float32: (1e-5, 1e-5), torch.float64: (1e-12, 1e-12)}
+codebook_cross_entropy_backward_tolerance = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-11, 1e-12)}
+
+
+def codebook_cross_entropy_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
+    op, x, labels = "codebook_cross_entropy", torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    yield (x[0], x, labels), rf"{op}: x must be floating point \[R, P\], got float32\[3\]"
+    yield (x.long(), x, labels), rf"{op}: x must be floating point \[R, P\], got int64\[4, 3\]"
+    yield (x, x[:, :2], labels), rf"{op}: codebook must be floating point \[K, 3\] with K > 0, got float32\[4, 2\]"
+    yield (x, x[:0], labels), rf"{op}: codebook must be .* with K > 0, got float32\[0, 3\]"
+    yield (x, x.to("meta"), labels), rf"{op}: codebook must be on the device of x \(\w+(:\d+)?\), got meta"
+    yield (x, x, labels[:3]), rf"{op}: labels must be int64 \[4\], got int64\[3\]"
+    yield (x, x, labels.int()), rf"{op}: labels must be int64 \[4\], got int32\[4\]"
+    yield (x, x, labels.to("meta")), rf"{op}: labels must be on the device of x \(\w+(:\d+)?\), got meta"
+    yield (x, x, labels, 0.0), rf"{op}: temperature must be above 0, got 0.0"
+    yield (x, x, labels, float("nan")), rf"{op}: temperature must be above 0, got nan"
