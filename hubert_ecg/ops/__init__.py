@@ -8,6 +8,7 @@ from hubert_ecg.ops._op import OPS, use_backend
 from hubert_ecg.ops.add_norm import add_norm
 from hubert_ecg.ops.bias_gelu import bias_gelu
 from hubert_ecg.ops.attention import masked_span_attention, spans_of
+from hubert_ecg.ops.codebook_loss import codebook_cross_entropy, codebook_loss
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
@@ -19,6 +20,8 @@ __all__ = [
     "TIME_FREQ_NAMES",
     "add_norm",
     "bias_gelu",
+    "codebook_cross_entropy",
+    "codebook_loss",
     "deltas",
     "frame_assign",
     "kmeans_accumulate",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hubert_ecg.ops import codebook_loss_reference as reference
 from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
-from hubert_ecg.ops.codebook_loss_reference import IGNORED, row_loss, through_unit, unit
+from hubert_ecg.ops.codebook_loss_reference import EPSILON, IGNORED, row_loss
 
 _cross_entropy = Op(
     "codebook_cross_entropy(Tensor x, Tensor codebook, Tensor labels, float temperature=0.1)"
@@ -133,7 +133,8 @@ def codebook_cross_entropy(
             given = int(labels[strange][0])
             raise ValueError(f"{op}: labels must be from 0 to {len(codebook) - 1}, or {IGNORED}, got {given}")
     wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    return _cross_entropy.call(x.to(wide), codebook.to(wide), labels, temperature)
+    with torch.autocast(x.device.type, enabled=False):
+        return _cross_entropy.call(x.to(wide), codebook.to(wide), labels, temperature)
 
 
 def _check_ensemble(
@@ -167,9 +168,24 @@ def _check_ensemble(
         raise ValueError(f"{op}: mask_indices must be int64 [{len(x)}, M], got {describe(mask_indices)}")
 
 
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, and what they were multiplied by."""
+    # Divided by their largest number first, so that no square overflows.
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min(EPSILON)
+    u = (x / largest).contiguous()
+    scale = (torch.linalg.vector_norm(u, dim=1, keepdim=True) * largest).clamp_min(EPSILON).reciprocal()
+    return u.mul_(largest * scale), scale
+
+
+def _through_unit(grad: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of ``x``, in place of that of ``u, scale = _unit(x)``; along ``u`` there is none, but for a short x."""
+    along = (grad[:, None] @ u[..., None])[..., 0] * (scale * EPSILON < 1)
+    return grad.addcmul_(u, along, value=-1).mul_(scale)
+
+
 @_cross_entropy.fake
 def _(x, codebook, labels, temperature=0.1):
-    return x.new_empty(len(x)), x.new_empty(len(x)), labels.new_empty(len(x))
+    return _outputs(x, labels)
 
 
 @_backward.fake
@@ -179,34 +195,55 @@ def _(grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, temperature):
 
 @_cross_entropy.composed
 def _(x, codebook, labels, temperature=0.1):
-    (u, _), (c, _) = unit(x), unit(codebook)
-    loss, logsumexp, predicted = x.new_empty(len(x)), x.new_empty(len(x)), labels.new_empty(len(x))
-    u = u / temperature
-    with torch.autocast(x.device.type, enabled=False):
-        for at in _chunks(x, codebook):
-            logits = u[at] @ c.T
-            own = logits.gather(1, labels[at].clamp(0, len(c) - 1)[:, None])[:, 0]
-            top, predicted[at] = logits.max(1)
-            logsumexp[at] = logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
-            loss[at] = logsumexp[at] - own
+    (u, _), (c, _) = _unit(x), _unit(codebook)
+    loss, logsumexp, predicted = _outputs(x, labels)
+    u.div_(temperature)
+    for at in _chunks(x, codebook):
+        logits = u[at] @ c.T
+        own = logits.gather(1, labels[at].clamp(0, len(c) - 1)[:, None])[:, 0]
+        top, predicted[at] = logits.max(1)
+        logsumexp[at] = logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
+        loss[at] = logsumexp[at] - own
     return row_loss(loss, labels, len(c)), logsumexp, predicted
 
 
 @_backward.composed
 def _(grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, temperature):
-    (u, u_scale), (c, c_scale) = unit(x), unit(codebook)
+    (u, u_scale), (c, c_scale) = _unit(x), _unit(codebook)
     grad_u, grad_c = torch.empty_like(u), torch.zeros_like(c)
     grad_loss = row_loss(grad_loss, labels, len(c)) / temperature
     grad_all = grad_loss + grad_logsumexp / temperature
-    with torch.autocast(x.device.type, enabled=False):
-        for at in _chunks(x, codebook):
-            # The logits again: one product more, for nothing of their size between the passes.
-            slope = torch.addmm(logsumexp[at, None], u[at], c.T, beta=-1, alpha=1 / temperature)
-            slope.exp_().mul_(grad_all[at, None])
-            slope.scatter_add_(1, labels[at].clamp(0, len(c) - 1)[:, None], -grad_loss[at, None])
-            torch.mm(slope, c, out=grad_u[at])
-            grad_c.addmm_(slope.T, u[at])
-    return through_unit(grad_u, u, u_scale), through_unit(grad_c, c, c_scale)
+    for at in _chunks(x, codebook):
+        # The logits again: one product more, for nothing of their size between the passes.
+        slope = torch.addmm(logsumexp[at, None], u[at], c.T, beta=-1, alpha=1 / temperature)
+        slope.exp_().mul_(grad_all[at, None])
+        slope.scatter_add_(1, labels[at].clamp(0, len(c) - 1)[:, None], -grad_loss[at, None])
+        torch.mm(slope, c, out=grad_u[at])
+        grad_c.addmm_(slope.T, u[at])
+    return _through_unit(grad_u, u, u_scale), _through_unit(grad_c, c, c_scale)
+
+
+@_cross_entropy.triton
+def _(kernels, x, codebook, labels, temperature=0.1):
+    outputs = _outputs(x, labels)
+    if len(x):
+        kernels.codebook_cross_entropy(_unit(x)[0], _unit(codebook)[0], labels.contiguous(), temperature, *outputs)
+    return outputs
+
+
+@_backward.triton
+def _(kernels, grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, temperature):
+    if not len(x):
+        return torch.empty_like(x), torch.zeros_like(codebook)
+    (u, u_scale), (c, c_scale) = _unit(x), _unit(codebook)
+    grad_loss = row_loss(grad_loss, labels, len(c))
+    given = grad_loss + grad_logsumexp, u, c, labels.contiguous(), logsumexp.contiguous()
+    grad_u, grad_c = kernels.codebook_cross_entropy_backward(grad_loss, *given, temperature)
+    return _through_unit(grad_u, u, u_scale), _through_unit(grad_c, c, c_scale)
+
+
+def _outputs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(len(x)), x.new_empty(len(x)), labels.new_empty(len(x))
 
 
 def _chunks(x: Tensor, codebook: Tensor) -> list[slice]:
@@ -215,15 +252,18 @@ def _chunks(x: Tensor, codebook: Tensor) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, len(x), rows)]
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     x, codebook, labels, ctx.temperature = inputs
-    ctx.save_for_backward(x, codebook, labels, output[1])
+    _, logsumexp, predicted = output
+    ctx.mark_non_differentiable(predicted)
+    ctx.save_for_backward(x, codebook, labels, logsumexp)
 
 
 def _differentiate(ctx, grad_loss, grad_logsumexp, _):
     x, codebook, labels, logsumexp = ctx.saved_tensors
-    grads = _backward.call(grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, ctx.temperature)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _backward.call(grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, ctx.temperature)
     return *grads, None, None
 
 
-_cross_entropy.autograd(_differentiate, _keep)
+_cross_entropy.autograd(_differentiate, _setup_context)
