@@ -13,6 +13,7 @@ from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
 from hubert_ecg.ops.mfcc import mfcc
+from hubert_ecg.ops.span_mask import span_mask
 from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "mfcc_assign",
     "mixed_assign",
     "spans_of",
+    "span_mask",
     "time_freq",
     "time_freq_assign",
     "use_backend",

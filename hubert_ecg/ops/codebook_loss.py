@@ -227,7 +227,8 @@ def _(grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, temperature):
 def _(kernels, x, codebook, labels, temperature=0.1):
     outputs = _outputs(x, labels)
     if len(x):
-        kernels.codebook_cross_entropy(_unit(x)[0], _unit(codebook)[0], labels.contiguous(), temperature, *outputs)
+        u, c = _unit(x)[0].div_(temperature), _unit(codebook)[0]
+        kernels.codebook_cross_entropy(u, c, labels.contiguous(), *outputs)
     return outputs
 
 
@@ -236,10 +237,11 @@ def _(kernels, grad_loss, grad_logsumexp, x, codebook, labels, logsumexp, temper
     if not len(x):
         return torch.empty_like(x), torch.zeros_like(codebook)
     (u, u_scale), (c, c_scale) = _unit(x), _unit(codebook)
-    grad_loss = row_loss(grad_loss, labels, len(c))
-    given = grad_loss + grad_logsumexp, u, c, labels.contiguous(), logsumexp.contiguous()
-    grad_u, grad_c = kernels.codebook_cross_entropy_backward(grad_loss, *given, temperature)
-    return _through_unit(grad_u, u, u_scale), _through_unit(grad_c, c, c_scale)
+    grad_loss = row_loss(grad_loss, labels, len(c)) / temperature
+    grad_all = grad_loss + grad_logsumexp / temperature
+    given = u / temperature, c, labels.contiguous(), logsumexp.contiguous()
+    grad_u, grad_c = kernels.codebook_cross_entropy_backward(grad_loss, grad_all, *given)
+    return _through_unit(grad_u, u, u_scale), _through_unit(grad_c.mul_(temperature), c, c_scale)
 
 
 def _outputs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

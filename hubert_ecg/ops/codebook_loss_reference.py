@@ -64,7 +64,7 @@ def codebook_cross_entropy_samples(device: str) -> Iterator[tuple[Any, ...]]:
         labels[::5] = IGNORED
         return x.to(device), codebook.to(device), labels.to(device), temperature
 
-    for shape in [(7, 5, 3), (0, 3, 5), (1, 1, 1), (93, 100, 24), (65, 257, 33), (130, 67, 129), (33, 2003, 7)]:
+    for shape in [(7, 5, 3), (0, 3, 5), (1, 1, 1), (33, 100, 24), (65, 130, 33), (70, 67, 129), (3, 515, 7)]:
         yield sample(*shape)
     # Squares that overflow in float32; cosines as they are.
     yield sample(20, 9, 5, scale=1e25)
