@@ -9,6 +9,7 @@ from hubert_ecg.ops.add_norm import add_norm
 from hubert_ecg.ops.bias_gelu import bias_gelu
 from hubert_ecg.ops.attention import masked_span_attention, spans_of
 from hubert_ecg.ops.codebook_loss import codebook_cross_entropy, codebook_loss
+from hubert_ecg.ops.codebook_loss import IGNORED, codebook_cross_entropy, codebook_loss
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
@@ -17,6 +18,7 @@ from hubert_ecg.ops.span_mask import span_mask
 from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
 __all__ = [
+    "IGNORED",
     "OPS",
     "TIME_FREQ_NAMES",
     "add_norm",

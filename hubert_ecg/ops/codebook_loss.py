@@ -70,6 +70,7 @@ def codebook_loss(
             has. (On CUDA the loss is then NaN: a look would make the host wait.)
     """
     if isinstance(projection, Tensor):
+        _check_tokens(x, labels)
         projection, labels = [projection], labels[None]
     codebooks = [codebook] if isinstance(codebook, Tensor) else codebook
     biases = [bias] * len(projection) if bias is None or isinstance(bias, Tensor) else bias
@@ -137,6 +138,14 @@ def codebook_cross_entropy(
         return _cross_entropy.call(x.to(wide), codebook.to(wide), labels, temperature)
 
 
+def _check_tokens(x: Tensor, labels: Tensor, *ensemble: int) -> None:
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"codebook_loss: x must be floating point [B, N, H], got {describe(x)}")
+    want = [*ensemble, *x.shape[:2]]
+    if labels.dtype != torch.int64 or list(labels.shape) != want:
+        raise ValueError(f"codebook_loss: labels must be int64 {want}, got {describe(labels)}")
+
+
 def _check_ensemble(
     x: Tensor,
     projections: Sequence[Tensor],
@@ -146,8 +155,6 @@ def _check_ensemble(
     mask_indices: Tensor | None,
 ) -> None:
     op = "codebook_loss"
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"{op}: x must be floating point [B, N, H], got {describe(x)}")
     if not projections or not len(projections) == len(codebooks) == len(biases):
         raise ValueError(
             f"{op}: projection, codebook and bias must be one each or equally many, "
@@ -160,10 +167,7 @@ def _check_ensemble(
             raise ValueError(f"{op}: codebook must be [K, {len(weight)}], got {describe(entries)}")
         if shift is not None and shift.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must be [{len(weight)}], got {describe(shift)}")
-    want = (len(projections), *x.shape[:2])
-    if labels.dtype != torch.int64 or labels.shape != want:
-        said = list(want[1:] if len(projections) == 1 and labels.ndim == 3 else want)
-        raise ValueError(f"{op}: labels must be int64 {said}, got {describe(labels)}")
+    _check_tokens(x, labels, len(projections))
     if mask_indices is not None and (mask_indices.dtype != torch.int64 or mask_indices.shape[:-1] != x.shape[:1]):
         raise ValueError(f"{op}: mask_indices must be int64 [{len(x)}, M], got {describe(mask_indices)}")
 
@@ -178,7 +182,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _through_unit(grad: Tensor, u: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of ``x``, in place of that of ``u, scale = _unit(x)``; along ``u`` there is none, but for a short x."""
+    """The gradient of ``x``, in place of that of ``u, scale = _unit(x)``: along ``u`` only where x is short."""
     along = (grad[:, None] @ u[..., None])[..., 0] * (scale * EPSILON < 1)
     return grad.addcmul_(u, along, value=-1).mul_(scale)
 

@@ -68,7 +68,10 @@ def span_mask(
             raise ValueError(f"span_mask: {name} must be at least 1, got {number}")
     if not 0 < mask_prob <= 1:
         raise ValueError(f"span_mask: mask_prob must be above 0 and at most 1, got {mask_prob}")
-    wanted = (("valid", valid, torch.bool, [num_records, num_tokens]), ("record_ids", record_ids, torch.int64, [num_records]))
+    wanted = (
+        ("valid", valid, torch.bool, [num_records, num_tokens]),
+        ("record_ids", record_ids, torch.int64, [num_records]),
+    )
     for name, tensor, dtype, shape in wanted:
         if tensor is not None and (tensor.dtype != dtype or list(tensor.shape) != shape):
             want = f"{str(dtype).removeprefix('torch.')} {shape}"

@@ -38,7 +38,7 @@ def span_mask(
     order = around.unfold(1, length, 1).amin(-1)
     count = mask_count(num_tokens, mask_prob, min_masks)
     if valid is None:
-        return order.argsort(1)[:, :count].sort(1).values
+        return order.argsort(dim=1, stable=True)[:, :count].sort(1).values
     second = bits(seed, record[:, None] * (2 * num_tokens) + num_tokens + token) * num_tokens + token
     order = torch.where(order < _PADDING, order, _UNREACHED + second).masked_fill(~valid, _PADDING)
     num_valid = valid.sum(1, keepdim=True)
