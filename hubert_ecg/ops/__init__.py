@@ -6,9 +6,8 @@ C classes, H heads, N points.
 
 from hubert_ecg.ops._op import OPS, use_backend
 from hubert_ecg.ops.add_norm import add_norm
-from hubert_ecg.ops.bias_gelu import bias_gelu
 from hubert_ecg.ops.attention import masked_span_attention, spans_of
-from hubert_ecg.ops.codebook_loss import codebook_cross_entropy, codebook_loss
+from hubert_ecg.ops.bias_gelu import bias_gelu
 from hubert_ecg.ops.codebook_loss import IGNORED, codebook_cross_entropy, codebook_loss
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
@@ -34,8 +33,8 @@ __all__ = [
     "mfcc",
     "mfcc_assign",
     "mixed_assign",
-    "spans_of",
     "span_mask",
+    "spans_of",
     "time_freq",
     "time_freq_assign",
     "use_backend",
