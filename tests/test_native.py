@@ -27,7 +27,8 @@ def test_is_loaded():
 
 
 def test_has_every_op_on_the_cpu():
-    data_side = [op for op in OPS.values() if op.public and not op.differentiable]
+    # A mask is the model's, though it has no gradient.
+    data_side = [op for op in OPS.values() if op.public and not op.differentiable and op.name != "span_mask"]
     assert data_side
     assert [op.name for op in data_side if "native" not in op.backends["cpu"]] == []
 

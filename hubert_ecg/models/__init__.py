@@ -1,7 +1,7 @@
 """The models: encoder, masked prediction, classification, and their weights."""
 
 from hubert_ecg.models.encoder import HubertECGConfig, ModelOutput, num_tokens, padding_lengths, token_mask
-from hubert_ecg.models.hubert_ecg import HubertECG, HubertECGForPretraining, draw_mask
+from hubert_ecg.models.hubert_ecg import HubertECG, HubertECGForPretraining
 from hubert_ecg.models.hubert_ecg_classification import HubertECGForClassification
 from hubert_ecg.models.pretrained import load_file, save_file
 
@@ -11,7 +11,6 @@ __all__ = [
     "HubertECGForClassification",
     "HubertECGForPretraining",
     "ModelOutput",
-    "draw_mask",
     "load_file",
     "num_tokens",
     "padding_lengths",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,81 +22,9 @@ from hubert_ecg.models.encoder import (
     window_mask,
 )
 from hubert_ecg.models.pretrained import Pretrained
+from hubert_ecg.ops import IGNORED, codebook_loss
 
 TEMPERATURE = 0.1
-IGNORED = -100
-
-
-def draw_mask(
-    batch: int,
-    num_tokens: int,
-    mask_prob: float,
-    mask_length: int = 1,
-    valid: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-    min_masks: int = 2,
-) -> Tensor:
-    """Draw the tokens that masked prediction masks: the same number for each record, so that shapes are static.
-
-    Spans are put down in random order until there are enough masked tokens; the last span is cut where it would give
-    more. Spans may touch and overlap. A record with padding has the share ``mask_prob`` of its valid tokens masked;
-    the rest of its M indices point at padding, which the loss ignores.
-
-    Args:
-        batch: Number of records, B.
-        num_tokens: Tokens of a record, N.
-        mask_prob: Share of the tokens to mask.
-        mask_length: Tokens in a span.
-        valid: ``[B, N]`` bool, tokens that are no padding; default: all.
-        generator: Source of the random numbers, on ``device``; default: torch's own.
-        device: Where to draw; default: that of ``valid``, else of ``generator``, else the CPU.
-        min_masks: Fewest masked tokens of a record (as far as it has as many).
-
-    Returns:
-        ``[B, M]`` int64 with ``M = min(N, max(min_masks, round(mask_prob * N)))``: distinct token indices, ascending.
-
-    Raises:
-        ValueError: If ``mask_prob``, ``mask_length`` or ``valid`` is out of range.
-    """
-    if not 0 < mask_prob <= 1:
-        raise ValueError(f"draw_mask: mask_prob must be above 0 and at most 1, got {mask_prob}")
-    if mask_length < 1:
-        raise ValueError(f"draw_mask: mask_length must be at least 1, got {mask_length}")
-    if valid is not None and (valid.shape != (batch, num_tokens) or valid.dtype != torch.bool):
-        raise ValueError(
-            f"draw_mask: valid must be [{batch}, {num_tokens}] bool, got {list(valid.shape)} {valid.dtype}"
-        )
-    if device is None:
-        device = valid.device if valid is not None else generator.device if generator is not None else "cpu"
-    length = min(mask_length, num_tokens)
-    # A token comes as early as the earliest span over it: the smallest number drawn by any of the starts that reach it.
-    start = torch.rand(batch, num_tokens - length + 1, generator=generator, device=device)
-    if valid is not None:
-        valid = valid.to(device)
-        start = start.masked_fill(~valid.unfold(1, length, 1).all(-1), 1.0)
-    order = -F.max_pool1d(F.pad(-start, (length - 1, length - 1), value=-2.0)[:, None], length, stride=1)[:, 0]
-    count = _mask_count(num_tokens, mask_prob, min_masks)
-    if valid is None:
-        return order.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
-    # Valid tokens first, in the order drawn; those that no whole span reaches come after all that one does.
-    order = torch.where(order < 1, order, 1 + torch.rand(order.shape, generator=generator, device=device))
-    order = order.masked_fill(~valid, 3.0).argsort(dim=1, stable=True)
-    num_valid = valid.sum(1, keepdim=True)
-    wanted = _mask_counts(num_tokens, mask_prob, min_masks, start.device)[num_valid]
-    place = torch.arange(count, device=device).expand(batch, -1)
-    place = torch.where(place < wanted, place, place - wanted + num_valid)
-    return order.gather(1, place).sort(dim=1).values
-
-
-def _mask_count(num_tokens: int, mask_prob: float, min_masks: int) -> int:
-    return min(num_tokens, max(min_masks, int(mask_prob * num_tokens + 0.5)))
-
-
-@functools.lru_cache(maxsize=16)
-def _mask_counts(num_tokens: int, mask_prob: float, min_masks: int, device: torch.device) -> Tensor:
-    """Masked tokens of a record with 0 to N valid ones; kept, so that a step copies nothing to the device."""
-    return torch.tensor([_mask_count(n, mask_prob, min_masks) for n in range(num_tokens + 1)], device=device)
 
 
 def codebook_logits(x: Tensor, codebook: Tensor) -> Tensor:
@@ -273,7 +200,7 @@ class HubertECGForPretraining(Backbone):
             lengths: ``[B]`` or ``[B, L]``, valid samples of each lead.
             output_hidden_states: Also return the embedding and every layer.
             labels: ``[B, N]`` or, for E codebooks, ``[E, B, N]`` int64 clusters; -100 is ignored, as is padding.
-            mask_indices: ``[B, M]`` int64, masked tokens, from :func:`draw_mask`.
+            mask_indices: ``[B, M]`` int64, masked tokens, from :func:`hubert_ecg.ops.span_mask`.
             alpha: Weight of the masked tokens.
             output_logits: Return the logits of all tokens, ``[B, N, K]`` for each codebook, beside a loss too. Without
                 labels they are always there.
@@ -283,49 +210,33 @@ class HubertECGForPretraining(Backbone):
         """
         output = self.encode(ecg, lengths, mask_indices, output_hidden_states)
         x, valid = output.last_hidden_state, output.valid
-        heads = [
-            (project, cast(nn.Embedding, codebook).weight)
-            for project, codebook in zip(self.final_proj, self.label_embedding, strict=True)
-        ]
+        projections = [cast(nn.Linear, project) for project in self.final_proj]
+        codebooks = [cast(nn.Embedding, codebook).weight for codebook in self.label_embedding]
         if output_logits or labels is None:
-            output.logits = tuple(codebook_logits(project(x), codebook) for project, codebook in heads)
+            output.logits = tuple(
+                codebook_logits(project(x), codebook) for project, codebook in zip(projections, codebooks, strict=True)
+            )
         if labels is None:
             return output
         if mask_indices is None:
-            raise ValueError("HubertECGForPretraining: mask_indices must come with labels, got None; use draw_mask")
+            raise ValueError("HubertECGForPretraining: mask_indices must come with labels, got None; use ops.span_mask")
         labels = labels[None] if labels.ndim == 2 else labels
-        if labels.shape != (len(heads), *x.shape[:2]):
+        if labels.shape != (len(codebooks), *x.shape[:2]):
             raise ValueError(
-                f"HubertECGForPretraining: labels must be {[len(heads), *x.shape[:2]]}, got {list(labels.shape)}"
+                f"HubertECGForPretraining: labels must be {[len(codebooks), *x.shape[:2]]}, got {list(labels.shape)}"
             )
         labels = labels.long()
         if valid is not None:
             labels = labels.masked_fill(~valid, IGNORED)
-        if alpha == 1:
-            x = x.gather(1, mask_indices[..., None].expand(-1, -1, x.shape[-1]))
-            labels = labels.gather(2, mask_indices.expand(len(heads), -1, -1))
-            masked = None
-        else:
-            masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, mask_indices, True)
-        losses, others, correct = [], [], []
-        for (project, codebook), target in zip(heads, labels, strict=True):
-            logits = codebook_logits(project(x), codebook)
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="none")
-            loss, known = loss.view_as(target), target != IGNORED
-            if masked is not None:
-                others.append(_mean(loss, known & ~masked))
-                known = known & masked
-            losses.append(_mean(loss, known))
-            correct.append(_mean((logits.detach().argmax(-1) == target).float(), known))
-        output.masked_loss = torch.stack(losses).sum()
-        output.accuracy = torch.stack(correct).mean()
+
+        def loss(labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+            weights, biases = zip(*((project.weight, project.bias) for project in projections), strict=True)
+            return codebook_loss(x, weights, codebooks, labels, indices, TEMPERATURE, biases)
+
+        output.masked_loss, output.accuracy = loss(labels, mask_indices)
         output.loss = output.masked_loss
-        if others:
-            output.unmasked_loss = torch.stack(others).sum()
+        if alpha != 1:
+            masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, mask_indices, True)
+            output.unmasked_loss, _ = loss(labels.masked_fill(masked, IGNORED), None)
             output.loss = alpha * output.masked_loss + (1 - alpha) * output.unmasked_loss
         return output
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean over the counted entries; 0 where there are none."""
-    return (values * counted).sum() / counted.sum().clamp_min(1)

@@ -14,7 +14,8 @@ from torch import Tensor
 from hubert_ecg import clustering, data, evaluation
 from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.files import write_json
-from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, draw_mask, save_file, token_mask
+from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file, token_mask
+from hubert_ecg.ops import span_mask
 from hubert_ecg.train import checkpoint, machine
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
@@ -163,7 +164,7 @@ class MaskedPrediction(Objective):
         self.validation = random_crops(store, validation, config, shuffle=False)
 
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        ecg, labels, lengths, mask = self._inputs(batch, (0, step, micro), self.device)
+        ecg, labels, lengths, mask = self._inputs(batch, 0, step)
         output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=self.config.alpha)
         metrics = {"masked_loss": output.masked_loss, "accuracy": output.accuracy}
         if output.unmasked_loss is not None:
@@ -174,10 +175,9 @@ class MaskedPrediction(Objective):
         sums = torch.zeros(3, device=self.device)
         predicted = torch.zeros(self.model.config.vocab_sizes[0], dtype=torch.int64, device=self.device)
         num_records = 0
-        for number, batch in enumerate(self.validation.batches(0)):
+        for batch in self.validation.batches(0):
             poll()
-            # Drawn on the CPU, where every machine draws the same.
-            ecg, labels, lengths, mask = self._inputs(batch, (1, number, 0), torch.device("cpu"))
+            ecg, labels, lengths, mask = self._inputs(batch, 1)
             output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=0.5, output_logits=True)
             sums += len(batch.index) * torch.stack([output.masked_loss, output.unmasked_loss, output.accuracy]).float()
             guesses = output.logits[0].argmax(-1)
@@ -204,27 +204,26 @@ class MaskedPrediction(Objective):
     def state(self) -> dict[str, Any]:
         return {"kmeans": self.kmeans.state()}
 
-    def _inputs(
-        self, batch: data.Batch, key: tuple[int, int, int], draw_on: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Crops, their clusters, valid samples of each lead, and the mask drawn for this key."""
+    def _inputs(self, batch: data.Batch, *key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Crops, their clusters, valid samples of each lead, and the mask drawn for each record under this key."""
         ecg = batch.ecg.to(self.device, non_blocking=True)
         lengths = lead_lengths(batch)
         labels = self.pseudo_labels(batch.leads.to(self.device, non_blocking=True))
         num_samples = ecg.shape[-1]
         # Without padding the mask is drawn without a look at validity: no copy to the device, and a shorter sort.
         padded = bool((lengths < num_samples).any())
-        valid = token_mask(self.model.config, lengths, num_samples).to(draw_on) if padded else None
-        mask = draw_mask(
+        valid = token_mask(self.model.config, lengths, num_samples) if padded else None
+        mask = span_mask(
             len(ecg),
             labels.shape[1],
             self.config.mask_prob,
             self.config.mask_length,
-            valid=valid,
-            generator=keyed_generator(self.config.seed, *key, device=draw_on),
-            device=draw_on,
+            valid,
+            seed_of(self.config.seed, *key),
+            batch.index,
+            device=self.device,
         )
-        return ecg, labels, lengths, mask.to(self.device)
+        return ecg, labels, lengths, mask
 
     def _extra(self) -> dict[str, Any]:
         config = self.config
@@ -235,10 +234,10 @@ class MaskedPrediction(Objective):
         }
 
 
-def keyed_generator(*key: int, device: torch.device) -> torch.Generator:
-    """A generator whose draws depend on the key alone, so that nothing about it needs to be saved."""
+def seed_of(*key: int) -> int:
+    """A seed that depends on the key alone, so that nothing about it needs to be saved."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+    return int(seed)
 
 
 def effective_number(counts: np.ndarray) -> float:

@@ -1,17 +1,15 @@
-"""Masks and the masked-prediction loss, against their definitions in float64."""
+"""The masked-prediction loss, against its definition in float64."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, draw_mask
+from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining
+from hubert_ecg.ops import span_mask
 
 CONFIG = dataclasses.replace(
     HubertECGConfig.preset("tiny"),
@@ -21,91 +19,6 @@ CONFIG = dataclasses.replace(
     conv_dim=(16,) * 5,
     classifier_proj_size=24,
 )
-
-
-def _runs(row: list[int]) -> list[int]:
-    """Lengths of the runs of consecutive indices."""
-    lengths = [1]
-    for before, after in itertools.pairwise(row):
-        if after == before + 1:
-            lengths[-1] += 1
-        else:
-            lengths.append(1)
-    return lengths
-
-
-@pytest.mark.parametrize(("prob", "count"), [(0.33, 31), (0.15, 14), (0.2, 19), (0.5, 47), (1.0, 93), (0.001, 2)])
-@pytest.mark.parametrize("length", [1, 4, 93, 200])
-def test_every_record_has_the_same_number_of_masked_tokens(prob, count, length):
-    mask = draw_mask(64, 93, prob, length)
-    assert mask.shape == (64, count)
-    assert mask.dtype == torch.int64
-    assert mask.min() >= 0
-    assert mask.max() < 93
-    assert (mask.diff(dim=1) > 0).all()
-
-
-def test_tokens_are_masked_with_equal_chance_and_records_differ():
-    mask = draw_mask(20_000, 93, 0.33, generator=torch.Generator().manual_seed(0))
-    share = torch.zeros(20_000, 93).scatter_(1, mask, 1.0).mean(0)
-    # five standard deviations of a share over 20,000 draws
-    assert (share - 31 / 93).abs().max() < 5 * (1 / 3 * 2 / 3 / 20_000) ** 0.5
-    assert len({tuple(row) for row in mask[:1000].tolist()}) == 1000
-
-
-def test_spans_are_whole_except_one():
-    mask = draw_mask(500, 93, 0.33, 5, generator=torch.Generator().manual_seed(1))
-    cut = [sum(run < 5 for run in _runs(row)) for row in mask.tolist()]
-    assert max(cut) <= 1
-    assert max(max(_runs(row)) for row in mask.tolist()) > 5
-
-
-def test_the_generator_decides():
-    first, second = (draw_mask(8, 93, 0.33, 3, generator=torch.Generator().manual_seed(7)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, draw_mask(8, 93, 0.33, 3, generator=torch.Generator().manual_seed(8)))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    spans=st.lists(
-        st.lists(st.tuples(st.booleans(), st.integers(1, 20)), min_size=1, max_size=8), min_size=1, max_size=4
-    ),
-    prob=st.floats(0.01, 1.0),
-    length=st.integers(1, 9),
-    seed=st.integers(0, 99),
-)
-def test_valid_tokens_are_masked_in_their_share_and_the_rest_points_at_padding(spans, prob, length, seed):
-    rows = [[flag for flag, count in record for _ in range(count)] for record in spans]
-    width = max(map(len, rows))
-    valid = torch.tensor([row + [False] * (width - len(row)) for row in rows])
-    mask = draw_mask(len(rows), width, prob, length, valid, torch.Generator().manual_seed(seed))
-    assert (mask.diff(dim=1) > 0).all()
-    assert mask.shape[1] == min(width, max(2, int(prob * width + 0.5)))
-    masked_valid = valid.gather(1, mask).sum(1)
-    wanted = [min(n, max(2, int(prob * n + 0.5))) for n in valid.sum(1).tolist()]
-    assert masked_valid.tolist() == wanted
-
-
-def test_without_padding_valid_changes_nothing_but_the_draw():
-    mask = draw_mask(50, 93, 0.33, 4, valid=torch.ones(50, 93, dtype=torch.bool))
-    assert mask.shape == (50, 31)
-    assert max(sum(run < 4 for run in _runs(row)) for row in mask.tolist()) <= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"mask_prob": 0.0}, "mask_prob must be above 0"),
-        ({"mask_prob": 1.5}, "at most 1, got 1.5"),
-        ({"mask_prob": 0.3, "mask_length": 0}, "mask_length must be at least 1"),
-        ({"mask_prob": 0.3, "valid": torch.ones(2, 9, dtype=torch.bool)}, r"valid must be \[2, 10\] bool"),
-        ({"mask_prob": 0.3, "valid": torch.ones(2, 10)}, r"valid must be \[2, 10\] bool"),
-    ],
-)
-def test_wrong_mask_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        draw_mask(2, 10, **arguments)
 
 
 def _broadcast_loss(model, states, labels, mask, alpha):
@@ -128,7 +41,7 @@ def test_loss_and_gradients_equal_the_broadcast_cosine(vocab_sizes, alpha):
     torch.manual_seed(0)
     model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=vocab_sizes)).double().eval()
     ecg = torch.randn(3, 12, 500, dtype=torch.float64)
-    mask = draw_mask(3, 93, 0.33)
+    mask = span_mask(3, 93, 0.33)
     labels = torch.stack([torch.randint(0, size, (3, 93)) for size in vocab_sizes])
     output = model(ecg, labels=labels, mask_indices=mask, alpha=alpha)
     output.loss.backward()
@@ -149,7 +62,7 @@ def test_loss_and_gradients_equal_the_broadcast_cosine(vocab_sizes, alpha):
 def test_float32_loss_is_close_to_float64():
     torch.manual_seed(0)
     model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=[1000])).eval()
-    ecg, mask, labels = torch.randn(4, 6000), draw_mask(4, 93, 0.33), torch.randint(0, 1000, (4, 93))
+    ecg, mask, labels = torch.randn(4, 6000), span_mask(4, 93, 0.33), torch.randint(0, 1000, (4, 93))
     single = model(ecg, labels=labels, mask_indices=mask).loss
     double = model.double()(ecg.double(), labels=labels, mask_indices=mask).loss
     torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0)
@@ -157,7 +70,7 @@ def test_float32_loss_is_close_to_float64():
 
 def test_logits_are_cosines_and_come_beside_a_loss_only_on_request():
     model = HubertECGForPretraining(dataclasses.replace(CONFIG, vocab_sizes=[5, 7])).eval()
-    ecg, labels, mask = torch.randn(2, 6000), torch.zeros(2, 2, 93, dtype=torch.int64), draw_mask(2, 93, 0.33)
+    ecg, labels, mask = torch.randn(2, 6000), torch.zeros(2, 2, 93, dtype=torch.int64), span_mask(2, 93, 0.33)
     assert model(ecg, labels=labels, mask_indices=mask).logits is None
     asked = model(ecg, labels=labels, mask_indices=mask, output_logits=True).logits
     assert [tuple(part.shape) for part in asked] == [(2, 93, 5), (2, 93, 7)]
@@ -169,7 +82,7 @@ def test_logits_are_cosines_and_come_beside_a_loss_only_on_request():
 def test_ignored_labels_leave_the_loss():
     torch.manual_seed(0)
     model = HubertECGForPretraining(CONFIG).eval()
-    ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    ecg, mask, labels = torch.randn(2, 6000), span_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
     some = labels.clone()
     some[0] = -100
     torch.testing.assert_close(
@@ -183,7 +96,7 @@ def test_ignored_labels_leave_the_loss():
 def test_autocast_keeps_the_cosine_in_float32():
     torch.manual_seed(0)
     model = HubertECGForPretraining(CONFIG).eval()
-    ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    ecg, mask, labels = torch.randn(2, 6000), span_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
     exact = model(ecg, labels=labels, mask_indices=mask).loss
     with torch.autocast("cpu", torch.bfloat16):
         output = model(ecg, labels=labels, mask_indices=mask, output_logits=True)
@@ -199,7 +112,7 @@ def test_codebooks_change_between_iterations():
     assert model.config.to_dict()["ensemble_length"] == 2
     torch.testing.assert_close(model.final_proj[0].weight, projection)
     labels = torch.stack([torch.randint(0, 500, (2, 93)), torch.randint(0, 30, (2, 93))])
-    model(torch.randn(2, 6000), labels=labels, mask_indices=draw_mask(2, 93, 0.33)).loss.backward()
+    model(torch.randn(2, 6000), labels=labels, mask_indices=span_mask(2, 93, 0.33)).loss.backward()
     assert model.label_embedding[0].weight.grad.shape == (500, 24)
     model.resize_codebooks([9])
     assert len(model.final_proj) == len(model.label_embedding) == 1
@@ -231,7 +144,7 @@ def test_layerdrop_is_drawn_by_the_host_generator_and_only_in_training():
 def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
     model = HubertECGForPretraining(CONFIG)
-    ecg, mask, labels = torch.randn(2, 6000), draw_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    ecg, mask, labels = torch.randn(2, 6000), span_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
     gradients = []
     for flag in (False, True):
         model.encoder.gradient_checkpointing = flag
@@ -253,7 +166,7 @@ def test_it_learns_clusters_that_follow_from_the_signal():
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(30):
-        loss = model(ecg, labels=labels, mask_indices=draw_mask(4, 93, 0.15), alpha=0.0).loss
+        loss = model(ecg, labels=labels, mask_indices=span_mask(4, 93, 0.15), alpha=0.0).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -267,7 +180,7 @@ def test_one_graph_without_breaks():
     model = HubertECGForPretraining(CONFIG).eval()
     ecg, labels = torch.randn(2, 12, 500), torch.randint(0, 100, (2, 93))
     lengths = torch.tensor([500, 300])
-    mask = draw_mask(2, 93, 0.33)
+    mask = span_mask(2, 93, 0.33)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(
         compiled(ecg, lengths, labels=labels, mask_indices=mask).loss,
@@ -280,10 +193,10 @@ def test_one_graph_without_breaks():
 @pytest.mark.parametrize(
     ("labels", "mask", "message"),
     [
-        (torch.zeros(2, 92), draw_mask(2, 93, 0.3), r"labels must be \[1, 2, 93\]"),
-        (torch.zeros(2, 2, 93), draw_mask(2, 93, 0.3), r"labels must be \[1, 2, 93\]"),
+        (torch.zeros(2, 92), span_mask(2, 93, 0.3), r"labels must be \[1, 2, 93\]"),
+        (torch.zeros(2, 2, 93), span_mask(2, 93, 0.3), r"labels must be \[1, 2, 93\]"),
         (torch.zeros(2, 93), None, "mask_indices must come with labels"),
-        (torch.zeros(2, 93), draw_mask(3, 93, 0.3), r"mask_indices must be \[2, M\]"),
+        (torch.zeros(2, 93), span_mask(3, 93, 0.3), r"mask_indices must be \[2, M\]"),
     ],
 )
 def test_wrong_labels_are_named(labels, mask, message):

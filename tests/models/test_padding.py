@@ -14,10 +14,10 @@ from hubert_ecg.models import (
     HubertECGConfig,
     HubertECGForClassification,
     HubertECGForPretraining,
-    draw_mask,
     padding_lengths,
     token_mask,
 )
+from hubert_ecg.ops import span_mask
 
 CONFIG = dataclasses.replace(
     HubertECGConfig.preset("tiny"), hidden_size=32, num_hidden_layers=2, intermediate_size=48, conv_dim=(16,) * 5
@@ -148,7 +148,7 @@ def test_records_without_a_valid_token_are_finite_forward_and_backward():
     pretraining = HubertECGForPretraining(CONFIG)
     valid = token_mask(CONFIG, lengths, 500)
     assert valid.sum(1).tolist() == [0, 8, 0]
-    mask = draw_mask(3, 93, 0.33, valid=valid)
+    mask = span_mask(3, 93, 0.33, valid=valid)
     labels = torch.randint(0, 100, (3, 93))
     classifier = HubertECGForClassification(CONFIG, ["a", "b"])
     for model, loss in (
@@ -167,7 +167,7 @@ def test_only_padding_gives_zero_loss_not_nan():
         torch.randn(2, 6000),
         lengths,
         labels=torch.zeros(2, 93, dtype=torch.int64),
-        mask_indices=draw_mask(2, 93, 0.33),
+        mask_indices=span_mask(2, 93, 0.33),
     )
     assert output.loss == 0
     assert output.accuracy == 0
@@ -185,7 +185,7 @@ def test_padding_takes_no_part_in_pooling_and_loss():
         torch.testing.assert_close(output.logits, classifier.classifier(pooled), atol=1e-6, rtol=0)
 
         pretraining = HubertECGForPretraining(CONFIG).eval()
-        mask = draw_mask(4, 93, 0.5, valid=valid)
+        mask = span_mask(4, 93, 0.5, valid=valid)
         labels = torch.randint(0, 100, (4, 93))
         other = torch.where(valid, labels, (labels + 1) % 100)
         for alpha in (1.0, 0.3):

@@ -20,7 +20,7 @@ from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file
 from hubert_ecg.train import checkpoint
 from hubert_ecg.train.loop import Interrupted
-from hubert_ecg.train.pretrain import MaskedPrediction, effective_number, keyed_generator, model_config
+from hubert_ecg.train.pretrain import MaskedPrediction, effective_number, model_config
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans, token_features
 
 CPU = torch.device("cpu")
@@ -193,13 +193,28 @@ def test_padding_is_not_clustered(cohort, tmp_path):
     assert x.isfinite().all()
 
 
-def test_masks_depend_on_seed_and_step_alone():
-    def draw(*key):
-        return torch.rand(4, generator=keyed_generator(*key, device=CPU)).tolist()
+def test_a_mask_depends_on_seed_step_and_record_alone(cohort, tmp_path):
+    def masks(seed, step, batch_size, micro=0):
+        config = settings(tmp_path, cohort.path, seed=seed, batch_size=batch_size)
+        shape = model_config(config)
+        objective = MaskedPrediction(config, shape, kmeans, cohort, validation, CPU)
+        drawn = {}
+        objective.model.register_forward_pre_hook(
+            lambda module, args, kwargs: drawn.update(zip(at, kwargs["mask_indices"].tolist(), strict=True)),
+            with_kwargs=True,
+        )
+        for batch in Loader(cohort, validation, batch_size, num_workers=0).batches(0):
+            at = batch.index.tolist()
+            objective.loss(batch, step, micro)
+        return drawn
 
-    assert draw(0, 0, 3, 0) == draw(0, 0, 3, 0)
-    different = [draw(0, 0, 3, 0), draw(1, 0, 3, 0), draw(0, 1, 3, 0), draw(0, 0, 4, 0), draw(0, 0, 3, 1)]
-    assert len({tuple(numbers) for numbers in different}) == 5
+    config, validation = settings(tmp_path, cohort.path), cohort.split("validation")
+    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, model_config(config), CPU)
+    first = masks(0, 3, 4)
+    assert first == masks(0, 3, 2) == masks(0, 3, 4, micro=1)
+    assert len({tuple(mask) for mask in first.values()}) == len(first) > 2
+    assert not set(map(tuple, first.values())) & set(map(tuple, masks(0, 4, 4).values()))
+    assert not set(map(tuple, first.values())) & set(map(tuple, masks(1, 3, 4).values()))
 
 
 def test_validation_is_masked_and_always_the_same(cohort, tmp_path):
