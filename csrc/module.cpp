@@ -4,6 +4,7 @@
 
 #include "add_norm.h"
 #include "bias_gelu.h"
+#include "conv_norm_gelu.h"
 #include "deltas.h"
 #include "kmeans.h"
 #include "label.h"
@@ -40,6 +41,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("add_norm_backward_cpu", &hubert_ecg::add_norm_backward_cpu, nogil);
   m.def("bias_gelu_cpu", &hubert_ecg::bias_gelu_cpu, nogil);
   m.def("bias_gelu_backward_cpu", &hubert_ecg::bias_gelu_backward_cpu, nogil);
+  m.def("conv_norm_gelu_cpu", &hubert_ecg::conv_norm_gelu_cpu, nogil);
+  m.def("conv_norm_gelu_backward_cpu", &hubert_ecg::conv_norm_gelu_backward_cpu, nogil);
 #ifdef HUBERT_ECG_CUDA
   m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
   m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);

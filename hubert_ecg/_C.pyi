@@ -68,5 +68,9 @@ def frame_assign_cpu(
     frame_length: int,
     normalize: bool,
 ) -> None: ...
+def conv_norm_gelu_cpu(x: Any, taps: Any, offset: Any, y: Any, stride: int) -> None: ...
+def conv_norm_gelu_backward_cpu(
+    grad: Any, x: Any, taps: Any, offset: Any, sums: Any, windows: Any, stride: int
+) -> None: ...
 
 # Where the module was built with CUDA, each has a twin, <op>_cuda, whose last argument is the stream's handle.

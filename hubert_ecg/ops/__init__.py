@@ -7,10 +7,13 @@ C classes, H heads, N points.
 from hubert_ecg.ops._op import OPS, use_backend
 from hubert_ecg.ops.add_norm import add_norm
 from hubert_ecg.ops.bias_gelu import bias_gelu
+from hubert_ecg.ops.conv_norm_gelu import conv_norm_gelu
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
 from hubert_ecg.ops.mfcc import mfcc
+from hubert_ecg.ops.positional_conv import positional_conv
+from hubert_ecg.ops.strided_conv import strided_conv
 from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "TIME_FREQ_NAMES",
     "add_norm",
     "bias_gelu",
+    "conv_norm_gelu",
     "deltas",
     "frame_assign",
     "kmeans_accumulate",
@@ -26,6 +30,8 @@ __all__ = [
     "mfcc",
     "mfcc_assign",
     "mixed_assign",
+    "positional_conv",
+    "strided_conv",
     "time_freq",
     "time_freq_assign",
     "use_backend",

@@ -77,7 +77,8 @@ def test_gradients_are_equal():
     other = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
         if name != "masked_spec_embed":
-            scale = other[name].grad.abs().max()
+            # The gradient of the keys' bias is rounding alone: softmax does not see what is added to every key.
+            scale = other[name].grad.abs().max().clamp_min(1e-2)
             torch.testing.assert_close(parameter.grad / scale, other[name].grad / scale, atol=1e-4, rtol=0)
 
 
