@@ -25,8 +25,9 @@ Sizes check(const char* op, const Tensor& x, const Tensor& taps, const Tensor& o
   HUBERT_ECG_CHECK(offset.is<T>() && offset.contiguous() && offset.ndim() == 2 && offset.size(0) == x.size(0) &&
                        offset.size(1) == taps.size(2),
                    op, ": offset must be contiguous [B, P] of the type of x, got ", offset);
-  const Sizes n{x.size(0), x.size(1), frames.ndim() == 3 ? frames.size(1) : 0, frames.ndim() == 3 ? frames.size(2) : 0,
-                taps.size(2), taps.size(1)};
+  const Sizes n{
+      x.size(0),    x.size(1),   frames.ndim() == 3 ? frames.size(1) : 0, frames.ndim() == 3 ? frames.size(2) : 0,
+      taps.size(2), taps.size(1)};
   HUBERT_ECG_CHECK(stride >= 1 && n.S >= n.k, op, ": stride must be at least 1 and x as long as a window");
   HUBERT_ECG_CHECK(frames.is<T>() && frames.contiguous() && frames.ndim() == 3 && frames.size(0) == n.B &&
                        n.F == (n.S - n.k) / stride + 1 && n.P - n.C >= 0 && n.P - n.C < kConvChannels,
