@@ -5,6 +5,7 @@
 #include "add_norm.h"
 #include "attention.h"
 #include "bias_gelu.h"
+#include "conv_norm_gelu.h"
 #include "deltas.h"
 #include "kmeans.h"
 #include "label.h"
@@ -43,6 +44,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("bias_gelu_backward_cpu", &hubert_ecg::bias_gelu_backward_cpu, nogil);
   m.def("masked_span_attention_cpu", &hubert_ecg::masked_span_attention_cpu, nogil);
   m.def("masked_span_attention_backward_cpu", &hubert_ecg::masked_span_attention_backward_cpu, nogil);
+  m.def("conv_norm_gelu_cpu", &hubert_ecg::conv_norm_gelu_cpu, nogil);
+  m.def("conv_norm_gelu_backward_cpu", &hubert_ecg::conv_norm_gelu_backward_cpu, nogil);
 #ifdef HUBERT_ECG_CUDA
   m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
   m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);

@@ -94,5 +94,9 @@ def masked_span_attention_backward_cpu(
     dropout_p: float,
     scale: float,
 ) -> None: ...
+def conv_norm_gelu_cpu(x: Any, taps: Any, offset: Any, y: Any, stride: int) -> None: ...
+def conv_norm_gelu_backward_cpu(
+    grad: Any, x: Any, taps: Any, offset: Any, sums: Any, windows: Any, stride: int
+) -> None: ...
 
 # Where the module was built with CUDA, each has a twin, <op>_cuda, whose last argument is the stream's handle.

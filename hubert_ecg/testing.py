@@ -89,7 +89,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def strided(x: Tensor) -> Tensor:
     """The same values, none next to another in memory, with NaN (or the largest integer, or True) in between."""
-    fill = math.nan if x.is_floating_point() else x.dtype == torch.bool or torch.iinfo(x.dtype).max
+    fill = math.nan if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
     apart = torch.full((*x.shape, 2), fill, dtype=x.dtype, device=x.device)
     apart[..., 0] = x
     return apart[..., 0]

@@ -19,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from hubert_ecg.config import Compat
 from hubert_ecg.features.tokens import token_geometry
-from hubert_ecg.ops import add_norm, bias_gelu, mask_embedding, masked_span_attention, spans_of
+from hubert_ecg.ops import (
+    add_norm,
+    bias_gelu,
+    conv_norm_gelu,
+    mask_embedding,
+    masked_span_attention,
+    positional_conv,
+    spans_of,
+    strided_conv,
+)
 
 Problem = Literal["multilabel", "multiclass", "regression"]
 Head = Literal["linear", "mlp", "label_embedding"]
@@ -352,16 +361,6 @@ def token_mask(config: HubertECGConfig, lengths: Tensor, num_samples: int, num_l
     return window_mask(valid, config.receptive_field, config.stride)
 
 
-def _group_norm(x: Tensor, norm: nn.GroupNorm, valid: Tensor) -> Tensor:
-    """GroupNorm with one group for each channel and statistics over valid frames; x ``[B, C, F]``, valid ``[B, F]``."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight = valid[:, None].to(x.dtype)
-    count = weight.sum(-1, keepdim=True).clamp_min(1)
-    centred = x - (x * weight).sum(-1, keepdim=True) / count
-    variance = (centred.square() * weight).sum(-1, keepdim=True) / count
-    return centred * torch.rsqrt(variance + norm.eps) * norm.weight[:, None] + norm.bias[:, None]
-
-
 class ConvLayer(nn.Module):
     """Convolution, for the first one a norm over time, GELU."""
 
@@ -378,11 +377,16 @@ class ConvLayer(nn.Module):
         self.layer_norm = nn.GroupNorm(channels, channels) if index == 0 else None
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """``[B, C, F]`` to ``[B, C', F']``; ``valid`` ``[B, F']`` limits the statistics of the norm."""
-        x = self.conv(x)
-        if self.layer_norm is not None:
-            x = self.layer_norm(x) if valid is None else _group_norm(x, self.layer_norm, valid)
-        return F.gelu(x)
+        """``[B, C, F]`` to ``[B, C', F']``, in memory channels last.
+
+        ``valid`` ``[B, F']`` bool limits the statistics of the norm.
+        """
+        conv, norm, stride = self.conv, self.layer_norm, self.conv.stride[0]
+        if norm is not None:
+            y = conv_norm_gelu(x[:, 0], conv.weight, norm.weight, norm.bias, stride, valid, norm.eps, conv.bias)
+        else:
+            y = F.gelu(strided_conv(x.transpose(1, 2), conv.weight, stride, conv.bias))
+        return y.transpose(1, 2)
 
 
 class FeatureExtractor(nn.Module):
@@ -425,28 +429,8 @@ class FeatureProjection(nn.Module):
         return mask_embedding(F.linear(x, self.projection.weight), self.projection.bias, embedding, masked)
 
 
-def _fourier_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The positional convolution by Fourier transform: at 128 taps several times faster than a CPU's direct form.
-
-    Args:
-        x: ``[B, N, H]``.
-        weight: ``[H, H / groups, taps]``.
-        bias: ``[H]``.
-
-    Returns:
-        ``[B, N, H]``, padded by ``taps // 2`` zeros before the first token.
-    """
-    tokens, per_group, taps = x.shape[1], weight.shape[1], weight.shape[2]
-    # Long enough that nothing wraps around; multiples of 32 transform fast.
-    size = -(-(tokens + taps - 1) // 32) * 32
-    spectrum = torch.fft.rfft(x, size, dim=1).unflatten(2, (-1, per_group)).permute(1, 2, 0, 3)
-    filters = torch.fft.rfft(weight, size).conj().unflatten(0, (-1, per_group)).permute(3, 0, 2, 1)
-    y = torch.fft.irfft((spectrum @ filters).permute(2, 0, 1, 3).flatten(2), size, dim=1)
-    return y.roll(taps // 2, dims=1)[:, :tokens] + bias
-
-
 class PositionalConv(nn.Module):
-    """Relative positions by a grouped convolution with weight norm over its taps, then GELU."""
+    """Relative positions by a grouped convolution with weight norm over its taps, then GELU; its input is added."""
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
@@ -464,17 +448,8 @@ class PositionalConv(nn.Module):
         self.conv = parametrizations.weight_norm(conv, dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, N, H]`` to ``[B, N, H]``."""
-        if self._by_fourier(x):
-            return F.gelu(_fourier_conv(x, self.conv.weight, self.conv.bias))
-        # An even number of taps gives one output too many: the last one goes.
-        return F.gelu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
-
-    @staticmethod
-    def _by_fourier(x: Tensor) -> bool:
-        # Transforming the weight costs the same for any batch, and pays from about eight records on.
-        wide = x.dtype in (torch.float32, torch.float64)
-        return x.device.type == "cpu" and wide and len(x) >= 8 and not torch.compiler.is_compiling()
+        """``[B, N, H]`` to ``[B, N, H]``: x with its positions added."""
+        return positional_conv(x, self.conv.weight, self.conv.bias, self.conv.groups)
 
 
 class Attention(nn.Module):
@@ -586,7 +561,7 @@ class Encoder(nn.Module):
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)
             spans = spans_of(valid)
-        x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
+        x = self.dropout(self.layer_norm(self.pos_conv_embed(x)))
         states = [x]
         keep = self._draw_layers()
         last = max([-1, *[index for index, kept in enumerate(keep) if kept]])

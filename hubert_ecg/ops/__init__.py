@@ -9,12 +9,15 @@ from hubert_ecg.ops.add_norm import add_norm
 from hubert_ecg.ops.attention import masked_span_attention, spans_of
 from hubert_ecg.ops.bias_gelu import bias_gelu
 from hubert_ecg.ops.codebook_loss import IGNORED, codebook_cross_entropy, codebook_loss
+from hubert_ecg.ops.conv_norm_gelu import conv_norm_gelu
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
 from hubert_ecg.ops.mask_embedding import mask_embedding
 from hubert_ecg.ops.mfcc import mfcc
+from hubert_ecg.ops.positional_conv import positional_conv
 from hubert_ecg.ops.span_mask import span_mask
+from hubert_ecg.ops.strided_conv import strided_conv
 from hubert_ecg.ops.time_freq import TIME_FREQ_NAMES, time_freq
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "bias_gelu",
     "codebook_cross_entropy",
     "codebook_loss",
+    "conv_norm_gelu",
     "deltas",
     "frame_assign",
     "kmeans_accumulate",
@@ -35,8 +39,10 @@ __all__ = [
     "mfcc",
     "mfcc_assign",
     "mixed_assign",
+    "positional_conv",
     "span_mask",
     "spans_of",
+    "strided_conv",
     "time_freq",
     "time_freq_assign",
     "use_backend",

@@ -1,0 +1,45 @@
+"""What tests/ops/test_every_op.py does not ask of strided_conv: torch's convolution, autocast, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hubert_ecg.ops import strided_conv
+
+
+@pytest.mark.parametrize(
+    ("length", "kernel", "stride"), [(149, 3, 2), (148, 3, 2), (37, 2, 2), (90, 10, 4), (40, 3, 5)]
+)
+def test_is_the_convolution_of_torch(length, kernel, stride):
+    random = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=random, dtype=torch.float64).requires_grad_()
+        for shape in ((3, length, 6), (5, 6, kernel), (5,))
+    )
+    actual = strided_conv(x, weight, stride, bias)
+    expected = F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (actual, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_decides_the_dtype(dtype):
+    x, weight = torch.randn(2, 50, 8), torch.randn(4, 8, 3).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = strided_conv(x, weight, 2)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), strided_conv(x, weight, 2), atol=0.2, rtol=2e-2)
+    (grad,) = torch.autograd.grad(y.float().sum(), weight)
+    assert grad.dtype == torch.float32
+
+
+def test_keeps_its_arguments_alone_for_the_backward():
+    x, weight = torch.randn(2, 51, 8).requires_grad_(), torch.randn(4, 8, 3).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        strided_conv(x, weight, 2)
+    assert kept == [x.data_ptr(), weight.data_ptr()]
