@@ -173,6 +173,8 @@ def _version(package: str) -> str:
 
 
 def main(command: str, *files: str) -> None:
+    if len(files) != {"table": 0, "compare": 1, "keep": 1}.get(command, -1):
+        raise SystemExit(f"usage:\n{__doc__}")
     path = RESULTS / f"{device()}.json"
     if command == "table":
         print(table(load(path)))
@@ -180,10 +182,8 @@ def main(command: str, *files: str) -> None:
         if not path.is_file():
             print(f"no rows of this device, {path.stem}: nothing to compare with")
         print(compare(measured(Path(*files)), load(path)))
-    elif command == "keep":
-        plot(keep(path, measured(Path(*files))), path.with_suffix(".svg"))
     else:
-        raise SystemExit(__doc__)
+        plot(keep(path, measured(Path(*files))), path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "isa.h"
@@ -98,11 +99,11 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, boo
   constexpr int64_t points = Codebook<T>::kPoints;
   const int64_t chunk = (n + num_chunks - 1) / num_chunks;
   const int num_threads = num_threads_for(num_chunks);
-  std::vector<Codebook<T>> codebook;
+  std::optional<Codebook<T>> codebook;
   std::vector<T> memory;
   if (centroids) {
-    codebook.emplace_back(centroids, num_k, dim);
-    memory.resize(num_threads * codebook[0].scratch_size());
+    codebook.emplace(centroids, num_k, dim);
+    memory.resize(num_threads * codebook->scratch_size());
   }
   std::vector<double> inertia(num_chunks);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
@@ -115,9 +116,8 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, boo
     for (int64_t i = p * chunk; i < end; i += points) {
       const int64_t size = std::min(points, end - i);
       if (centroids)
-        codebook[0].label(x + i * dim, size, labels + i,
-                          memory.data() + omp_get_thread_num() * codebook[0].scratch_size(),
-                          std::min(points, end - i - size));
+        codebook->label(x + i * dim, size, labels + i, memory.data() + omp_get_thread_num() * codebook->scratch_size(),
+                        std::min(points, end - i - size));
       inertia[p] +=
           isa<T>().add(x + i * dim, labels + i, size, dim, num_k, with_inertia ? centroids : nullptr, sum, count);
     }

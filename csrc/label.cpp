@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 #include <vector>
 
@@ -23,7 +24,7 @@ constexpr float kLeastSquare = 1e-25f, kMostSquare = 1e35f;
 struct Kernels {
   void (*slopes)(float* x, int64_t D, int64_t to, int64_t begin, int64_t end, int64_t first, int64_t last);
   void (*copy_columns)(const float* rows, int64_t n, int64_t width, int64_t D, float* x);
-  void (*unit_rows)(float* x, int64_t n, int64_t D);
+  void (*unit_rows[std::size(kWidths)])(float* x, int64_t n);
 };
 
 template <class Sample>
@@ -149,7 +150,7 @@ void label_frames(const Plan& plan, AsFloats<Sample> as_floats, const Sample* ec
     for (int64_t i = 0; i < n; ++i) std::fill_n(x + i * plan.width + kNumMfcc, 2 * kNumMfcc, 0.0f);
   }
   float* const rows = x + (first - from) * plan.width;
-  if (plan.normalize) plan.isa.unit_rows(rows, n, plan.width);
+  if (plan.normalize) plan.isa.unit_rows[plan.kind](rows, n);
   plan.codebook.label(rows, n, labels, static_cast<float*>(work));
 }
 

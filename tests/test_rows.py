@@ -61,3 +61,11 @@ def test_a_run_is_shown_beside_the_rows_before_it(rows, tmp_path, capsys):
     _, a, new = capsys.readouterr().out.splitlines()
     assert a.split() == ["a", "2", "ms", "1", "ms", "5.0", "x", "(10", "x)", "peer"]
     assert new.split() == ["new", "5", "ms", "-", "2.0", "x", "(-)", "peer"]
+
+
+@pytest.mark.parametrize(
+    "args", [("compare",), ("keep",), ("keep", "one.json", "two.json"), ("table", "one.json"), ("",)]
+)
+def test_says_how_it_is_used(rows, args):
+    with pytest.raises(SystemExit, match=r"(?s)^usage:.*rows.py compare FILE"):
+        rows.main(*args)

@@ -82,6 +82,9 @@ class KMeans:
     cluster_weights_: np.ndarray
     cluster_sizes_: np.ndarray
 
+    # What scikit-learn asked before it had tags.
+    _estimator_type = "clusterer"
+
     def __init__(
         self,
         n_clusters: int = 8,
@@ -242,6 +245,13 @@ class KMeans:
                 raise ValueError(f"KMeans.set_params: name must be one of {', '.join(_PARAMETERS)}, got {name}")
             setattr(self, name, value)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What a pipeline of scikit-learn 1.6 or later asks an estimator."""
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+
+        target, transformer = TargetTags(required=False), TransformerTags(preserves_dtype=["float64", "float32"])
+        return Tags("clusterer", target, transformer, input_tags=InputTags())
 
     def __repr__(self) -> str:
         default = KMeans().get_params()

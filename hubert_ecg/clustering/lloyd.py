@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hubert_ecg import ops
-from hubert_ecg.clustering.points import Block, Points, ahead, chunks, squared_distances
+from hubert_ecg.clustering.points import Block, Points, ahead, chunks, ordered_sum, squared_distances
 from hubert_ecg.clustering.ranks import Ranks
 from hubert_ecg.clustering.starts import shuffled
 
@@ -132,7 +132,7 @@ def assess(
             else:
                 own = ops.kmeans_assign(block.x, centers) if labels is None else labels[block.rows]
                 distances = squared_distances(block.x, centers, own)
-                squares = distances.sum() if block.weight is None else distances @ block.weight
+                squares = ordered_sum(distances if block.weight is None else distances * block.weight)
                 sizes = torch.bincount(own, block.weight, minlength=len(centers))
             inertia += squares
             totals += sizes
@@ -153,7 +153,7 @@ def _step(block: Block, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = block.x[part].double() * block.weight[part, None]
         sums += ops.kmeans_accumulate(x, labels[part], len(centers))[0]
     totals = torch.bincount(labels, block.weight, minlength=len(centers))
-    return sums, totals, squared_distances(block.x, centers, labels) @ block.weight
+    return sums, totals, ordered_sum(squared_distances(block.x, centers, labels) * block.weight)
 
 
 def _sweep(blocks: Iterable[Block], ranks: Ranks, centers: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hubert_ecg import ops
 from hubert_ecg.clustering.ranks import Ranks
 from hubert_ecg.ops._op import give_back, kind_of, to_tensor
 
@@ -275,6 +276,12 @@ def squared_distances(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
     exact = centers.double()
     parts = [(x[part].double() - exact[labels[part]]).square().sum(1) for part in chunks(x)]
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum of float64 numbers ``[N]``, added in an order that does not depend on the number of threads."""
+    sums, _ = ops.kmeans_accumulate(x[:, None], torch.zeros(len(x), dtype=torch.int64, device=x.device), 1)
+    return sums[0, 0]
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

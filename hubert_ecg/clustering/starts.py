@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hubert_ecg import ops
-from hubert_ecg.clustering.points import Points, squared_distances
+from hubert_ecg.clustering.points import Points, ordered_sum, squared_distances
 
 METHODS = ("k-means++", "k-means||", "random")
 
@@ -164,7 +164,7 @@ def _oversample(points: Points, candidates: Tensor, k: int, seed: int) -> Tensor
             distances = squared_distances(block.x, candidates, ops.kmeans_assign(block.x, candidates))
             if block.weight is not None:
                 distances = distances * block.weight
-            cost += float(distances.sum())
+            cost += float(ordered_sum(distances))
             if not cost > 0:
                 continue
             u = torch.from_numpy(row_uniforms(seed, points.first + block.first, len(block.x))).to(points.device)

@@ -186,21 +186,25 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
     ```
 
     Raises:
-        ValueError: a named argument is no such array: ``<function>: <argument> must be a NumPy, CuPy or torch array``.
+        ValueError: a named argument is no such array, or None where its annotation does not say None:
+            ``<function>: <argument> must be a NumPy, CuPy or torch array``.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        order = list(inspect.signature(function).parameters)
-        places = [(order.index(name), name) for name in names]
+        parameters = inspect.signature(function).parameters
+        order = list(parameters)
+        places = [(order.index(name), name, "None" in str(parameters[name].annotation)) for name in names]
 
         @functools.wraps(function)
         def public(*args: Any, **kwargs: Any) -> Any:
             kind = None
             given = list(args)
-            for place, name in places:
+            for place, name, optional in places:
                 by_place = place < len(given)
-                array = given[place] if by_place else kwargs.get(name)
-                if array is None:
+                if not by_place and name not in kwargs:
+                    continue
+                array = given[place] if by_place else kwargs[name]
+                if array is None and optional:
                     continue
                 kind = kind or kind_of(array)
                 if isinstance(array, torch.Tensor):
@@ -221,6 +225,27 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 def describe(x: torch.Tensor) -> str:
     """A tensor as errors name it: ``float32[4, 8]``."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def check_whole(what: str, value: Any) -> None:
+    """Raises ValueError where ``value`` is no whole number; ``what`` is ``<op>: <argument>``."""
+    _check_kind(what, value, "a whole number", int | np.integer)
+
+
+def check_real(what: str, value: Any) -> None:
+    """Raises ValueError where ``value`` is no real number (NaN and infinity are)."""
+    _check_kind(what, value, "a number", int | float | np.integer | np.floating)
+
+
+def check_flag(what: str, value: Any) -> None:
+    """Raises ValueError where ``value`` is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{what} must be True or False, got {value!r}")
+
+
+def _check_kind(what: str, value: Any, want: str, kind: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{what} must be {want}, got {value!r}")
 
 
 def as_floating(what: str, x: torch.Tensor, min_samples: int = 0) -> torch.Tensor:
@@ -251,7 +276,8 @@ def to_tensor(array: Any, what: str) -> torch.Tensor:
             array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writeable(array)))
     if not hasattr(array, "__dlpack__"):
-        raise ValueError(f"{what} must be a NumPy, CuPy or torch array, got {type(array).__name__}")
+        given = "None" if array is None else type(array).__name__
+        raise ValueError(f"{what} must be a NumPy, CuPy or torch array, got {given}")
     return torch.from_dlpack(array)
 
 

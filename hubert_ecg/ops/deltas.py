@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hubert_ecg.ops import deltas_reference as reference
-from hubert_ecg.ops._op import Array, Op, as_floating, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, as_floating, check_whole, describe, takes_arrays
 
 _deltas = Op("deltas(Tensor x, Tensor? lengths=None, int window=5) -> Tensor", reference.deltas)
 
@@ -37,6 +37,7 @@ def deltas(x: Array, lengths: Array | Sequence[int] | None = None, window: int =
     """
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"deltas: x must be floating point [..., F, D], got {describe(x)}")
+    check_whole("deltas: window", window)
     if window < 3 or window % 2 == 0:
         raise ValueError(f"deltas: window must be odd and at least 3, got {window}")
     x = as_floating("deltas: x", x).detach()

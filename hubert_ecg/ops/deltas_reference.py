@@ -47,5 +47,8 @@ def deltas_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, torch.tensor([1, 2])), r"deltas: lengths must be frames of each lead that add up to F = 4, got \[1, 2\]"
     yield (x, [2.5, 1.5]), r"deltas: lengths must be .*, got \[2\.5, 1\.5\]"
     yield (x, torch.tensor([[4]])), r"deltas: lengths must be .*, got \[\[4\]\]"
+    yield (x, None, 5.0), r"deltas: window must be a whole number, got 5\.0"
+    yield (x, None, None), r"deltas: window must be a whole number, got None"
+    yield (None,), r"deltas: x must be a NumPy, CuPy or torch array, got None"
     yield ([[1.0]],), r"deltas: x must be a NumPy, CuPy or torch array, got list"
     yield (x, torch.tensor([5, -1])), r"deltas: lengths must be .*, got \[5, -1\]"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hubert_ecg.ops import kmeans_reference as reference
-from hubert_ecg.ops._op import Array, Op, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_flag, check_whole, takes_arrays
 
 _assign = Op("kmeans_assign(Tensor x, Tensor centroids) -> Tensor", reference.kmeans_assign)
 _accumulate = Op(
@@ -71,6 +71,7 @@ def kmeans_accumulate(x: Array, labels: Array, num_clusters: int) -> tuple[Array
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise ValueError(f"kmeans_accumulate: labels must be int64 [{x.shape[0]}], got {_said(labels)}")
     _check_device("kmeans_accumulate", "labels", x, labels)
+    check_whole("kmeans_accumulate: num_clusters", num_clusters)
     if num_clusters < 1:
         raise ValueError(f"kmeans_accumulate: num_clusters must be at least 1, got {num_clusters}")
     return _accumulate.call(_as_points(x), labels.contiguous(), num_clusters)
@@ -101,6 +102,7 @@ def kmeans_step(x: Array, centroids: Array, with_inertia: bool = False) -> tuple
     """
     _check_points("kmeans_step", x)
     _check_centroids("kmeans_step", x, centroids)
+    check_flag("kmeans_step: with_inertia", with_inertia)
     labels, sums, counts, inertia = _step.call(_as_points(x), _as_points(centroids), with_inertia)
     return (labels, sums, counts, inertia) if with_inertia else (labels, sums, counts)
 

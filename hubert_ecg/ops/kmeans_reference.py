@@ -96,6 +96,8 @@ def kmeans_assign_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
 
 def kmeans_step_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield from _nearest_errors("kmeans_step")
+    x = torch.zeros(4, 3)
+    yield (x, x, None), r"kmeans_step: with_inertia must be True or False, got None"
 
 
 def _nearest_errors(op: str) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -103,6 +105,8 @@ def _nearest_errors(op: str) -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x[0], x), rf"{op}: x must be .*\[N, D\], got float32\[3\]"
     yield (x.long(), x), rf"{op}: x must be .*float32 or float64.*, got int64\[4, 3\]"
     yield (x.to(torch.complex64), x), rf"{op}: x must be .*float32 or float64.*, got complex64\[4, 3\]"
+    yield (None, x), rf"{op}: x must be a NumPy, CuPy or torch array, got None"
+    yield (x, None), rf"{op}: centroids must be a NumPy, CuPy or torch array, got None"
     yield ([[0.0]], x), rf"{op}: x must be a NumPy, CuPy or torch array, got list"
     yield (x, x[0]), rf"{op}: centroids must be .*\[K, 3\].*, got float32\[3\]"
     yield (x, x[:, :2]), rf"{op}: centroids must be .*, got float32\[4, 2\]"
@@ -119,5 +123,9 @@ def kmeans_accumulate_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, labels[:, None], 2), r"kmeans_accumulate: labels must be .*int64 \[4\], got int64\[4, 1\]"
     yield (x, labels.int(), 2), r"kmeans_accumulate: labels must be .*int64 \[4\], got int32\[4\]"
     yield (x, labels.to("meta"), 2), r"kmeans_accumulate: labels must be on the device of x \(cpu\), got meta"
+    yield (None, labels, 2), r"kmeans_accumulate: x must be a NumPy, CuPy or torch array, got None"
+    yield (x, None, 2), r"kmeans_accumulate: labels must be a NumPy, CuPy or torch array, got None"
+    yield (x, labels, 2.0), r"kmeans_accumulate: num_clusters must be a whole number, got 2\.0"
+    yield (x, labels, True), r"kmeans_accumulate: num_clusters must be a whole number, got True"
     yield (x, labels, 0), r"kmeans_accumulate: num_clusters must be at least 1, got 0"
     yield (x, labels, -3), r"kmeans_accumulate: num_clusters must be at least 1, got -3"

@@ -11,7 +11,7 @@ from torch import Tensor
 from hubert_ecg.ops import label_reference as reference
 from hubert_ecg.ops import mfcc_reference
 from hubert_ecg.ops._frames import NUM_LEADS, FramePlan, frame_plan
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_flag, check_whole, describe, takes_arrays
 from hubert_ecg.ops._tables import unit_circle
 from hubert_ecg.ops.mfcc import check_band
 
@@ -188,6 +188,9 @@ def frame_assign(
     if scale is not None and (scale.ndim != 2 or len(scale) != len(ecg) or _leaves_rest(ecg.shape[1], scale.shape[1])):
         want = f"floating point [{len(ecg)}, L] with an L that divides {ecg.shape[1]}"
         raise ValueError(f"{op}: scale must be {want}, got {describe(scale)}")
+    for name, value in (("start", start), ("num_frames", num_frames), ("frame_length", frame_length)):
+        check_whole(f"{op}: {name}", value)
+    check_flag(f"{op}: normalize", normalize)
     if frame_length < 2:
         raise ValueError(f"{op}: frame_length must be at least 2, got {frame_length}")
     if start < 0 or num_frames < 0 or start + num_frames * frame_length > ecg.shape[1]:
@@ -212,6 +215,7 @@ def _assign(
 ) -> Tensor:
     op = f"{feature_type}_assign"
     plan = frame_plan(op, ecg, compat, sample_rate_hz)
+    check_flag(f"{op}: normalize", normalize)
     _check_numbers(op, feature_type, ecg, centroids, scale)
     if scale is not None and scale.shape != ecg.shape[:-1]:
         raise ValueError(f"{op}: scale must be floating point {list(ecg.shape[:-1])}, got {describe(scale)}")

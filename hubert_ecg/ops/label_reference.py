@@ -174,6 +174,13 @@ def frame_assign_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (ecg, None, centroids, "mfcc", 9, 10, *how[3:]), r"frame_assign: frames must lie in .*600.*, got 9 \+ 10 x 64"
     yield (ecg, None, centroids, "mfcc", -1, *how[2:]), r"frame_assign: frames must lie in .*, got -1 \+ 9 x 64"
     yield (ecg, None, centroids, *how[:3], 1, *how[4:]), r"frame_assign: frame_length must be at least 2, got 1"
+    yield (None, None, centroids, *how), r"frame_assign: ecg must be a NumPy, CuPy or torch array, got None"
+    yield (ecg, None, None, *how), r"frame_assign: centroids must be a NumPy, CuPy or torch array, got None"
+    for place, name in ((1, "start"), (2, "num_frames"), (3, "frame_length")):
+        args = (*how[:place], 2.5, *how[place + 1 :])
+        yield (ecg, None, centroids, *args), rf"frame_assign: {name} must be a whole number, got 2\.5"
+    yield (ecg, None, centroids, *how[:-1], 1), r"frame_assign: normalize must be True or False, got 1"
+    yield (ecg, None, centroids, *how[:5], None, *how[6:]), r"frame_assign: sample_rate_hz must be a number, got None"
     lengths = (ecg, None, centroids, *how[:4], [4, 4], *how[5:])
     yield lengths, r"frame_assign: frames_per_lead must be .* add up to 9, got \[4, 4\]"
     yield (

@@ -7,7 +7,7 @@ import math
 import torch
 
 from hubert_ecg.ops import mfcc_reference as reference
-from hubert_ecg.ops._op import Array, Op, as_floating, takes_arrays
+from hubert_ecg.ops._op import Array, Op, as_floating, check_real, check_whole, takes_arrays
 from hubert_ecg.ops._tables import unit_circle
 
 _mfcc = Op(
@@ -39,6 +39,7 @@ def mfcc(
     holds less than a few millionths of its energy is computed in float64.
 
     At low sampling rates a triangle can be narrower than an FFT bin and stay empty: from 20 Hz at 50 Hz, 17 of 23 do.
+    A frame with NaN or infinity gives NaN throughout, as long as one triangle is not empty.
 
     >>> mfcc(torch.zeros(64), num_mfcc=1)
     tensor([-76.4570])
@@ -59,6 +60,8 @@ def mfcc(
     """
     frames = as_floating("mfcc: frames", frames, min_samples=2)
     check_band("mfcc", sample_rate_hz, low_hz, high_hz)
+    for name, value in (("num_mel", num_mel), ("num_mfcc", num_mfcc)):
+        check_whole(f"mfcc: {name}", value)
     if num_mel < 4:
         raise ValueError(f"mfcc: num_mel must be at least 4, got {num_mel}")
     if not 1 <= num_mfcc <= num_mel:
@@ -68,6 +71,8 @@ def mfcc(
 
 def check_band(op: str, sample_rate_hz: float, low_hz: float, high_hz: float) -> None:
     """Raises ValueError, in the words of ``op``, where mel filters cannot cover the band."""
+    for name, value in (("sample_rate_hz", sample_rate_hz), ("low_hz", low_hz), ("high_hz", high_hz)):
+        check_real(f"{op}: {name}", value)
     if not 0 < sample_rate_hz < math.inf:
         raise ValueError(f"{op}: sample_rate_hz must be positive and finite, got {sample_rate_hz}")
     nyquist_hz = sample_rate_hz / 2

@@ -132,5 +132,11 @@ def mfcc_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     )
     yield (x, 100, 20, 20), r"mfcc: high_hz must be above low_hz .*, got 20"
     yield (x, 100, 20, -40), r"mfcc: high_hz must be above low_hz .*, got -40"
+    yield (None,), r"mfcc: frames must be a NumPy, CuPy or torch array, got None"
+    yield (x, "100"), r"mfcc: sample_rate_hz must be a number, got '100'"
+    yield (x, 100, None), r"mfcc: low_hz must be a number, got None"
+    yield (x, 100, 20, True), r"mfcc: high_hz must be a number, got True"
+    yield (x, 100, 20, 0, 23.0), r"mfcc: num_mel must be a whole number, got 23\.0"
+    yield (x, 100, 20, 0, 23, "13"), r"mfcc: num_mfcc must be a whole number, got '13'"
     yield (x, 100, 20, 0, 3), r"mfcc: num_mel must be at least 4, got 3"
     yield (x, 100, 20, 0, 23, 24), r"mfcc: num_mfcc must be in 1 \.\. num_mel \(23\), got 24"

@@ -87,4 +87,5 @@ def time_freq_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x[:, :0],), r"time_freq: frames must be .*S >= 1, got float32\[4, 0\]"
     yield (torch.tensor(1.0),), r"time_freq: frames must be .*, got float32\[\]"
     yield (x.bool(),), r"time_freq: frames must be .*, got bool\[4, 64\]"
+    yield (None,), r"time_freq: frames must be a NumPy, CuPy or torch array, got None"
     yield ([1.0, 2.0],), r"time_freq: frames must be a NumPy, CuPy or torch array, got list"

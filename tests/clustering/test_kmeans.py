@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from sklearn import cluster
+from sklearn import base, cluster, model_selection, pipeline, preprocessing
 
 import hubert_ecg
 from hubert_ecg import KMeans, ops
@@ -164,6 +164,43 @@ def test_parameters_and_their_text():
     assert repr(model.set_params(init=np.zeros((5, 2)))) == "KMeans(n_clusters=5, init=<array>, tol=0.01)"
     with pytest.raises(ValueError, match=r"set_params: name must be one of n_clusters, .*, got k"):
         model.set_params(k=3)
+
+
+def test_in_a_pipeline_of_scikit_learn():
+    x = blobs()
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), KMeans(5, init="k-means||", random_state=0))
+    labels = model.set_params(kmeans__n_clusters=7).fit_predict(x)
+    scaled = preprocessing.StandardScaler().fit_transform(x)
+    alone = KMeans(7, init="k-means||", random_state=0).fit(scaled)
+    np.testing.assert_array_equal(labels, alone.labels_)
+    np.testing.assert_array_equal(model.predict(x), labels)
+    assert model.transform(x).shape == (len(x), 7)
+    assert base.is_clusterer(model)
+    assert base.is_clusterer(alone)
+    assert not base.is_regressor(alone)
+    start = scaled[:3].copy()
+    for made in (KMeans(3, init=start, tol=0.5, batch_size=100), alone):
+        copy = base.clone(made)
+        assert type(copy) is KMeans
+        assert not hasattr(copy, "cluster_centers_")
+        assert repr(copy) == repr(made)
+    np.testing.assert_array_equal(base.clone(KMeans(3, init=start)).init, start)
+    search = model_selection.GridSearchCV(KMeans(random_state=0), {"n_clusters": [2, 7]}, cv=2).fit(x)
+    assert search.best_params_ == {"n_clusters": 7}
+
+
+def test_weighted_inertia_does_not_depend_on_the_number_of_threads():
+    random = np.random.default_rng(0)
+    x, weight = random.normal(size=(200_000, 3)), random.random(200_000)
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            model = KMeans(4, init="k-means||", random_state=0, max_iter=3).fit(x, sample_weight=weight)
+            found.add((model.inertia_, model.cluster_centers_.tobytes()))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
 
 
 def test_labels_are_those_of_float64_on_hard_data():

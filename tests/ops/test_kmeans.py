@@ -71,6 +71,33 @@ def test_equal_centroids_go_to_the_first():
 
 
 @native
+@pytest.mark.parametrize("clump", [1e-1, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize(("k", "d"), [(100, 39), (300, 5), (50, 700)])
+def test_centroids_close_together_beside_one_far_away(clump, k, d):
+    # Numbers rounded to 16 bits of the longest tell the others apart less and less.
+    random = torch.Generator().manual_seed(k)
+    centroids, x = clump * torch.randn(k, d, generator=random), clump * torch.randn(700, d, generator=random)
+    centroids[k // 2] = 30
+    x[::50] = 29
+    labels, distances = ops.kmeans_assign(x, centroids), exact_distances(x, centroids)
+    least = distances.amin(1)
+    assert (distances.gather(1, labels[:, None])[:, 0] <= least * (1 + 1e-13)).all()
+    assert (labels == distances.argmin(1)).float().mean() > 0.99
+
+
+@native
+def test_equal_rows_that_are_about_as_near_to_all():
+    random = torch.Generator().manual_seed(0)
+    centroids = torch.nn.functional.normalize(torch.randn(100, 39, generator=random))
+    x = torch.randn(1000, 39, generator=random)
+    x[100:400], x[500::3], x[501::3] = 0, -0.0, 1e-9 * x[0]
+    x[600:620, 0] = torch.nan
+    labels = ops.kmeans_assign(x, centroids)
+    expected = exact_distances(x, centroids).nan_to_num(nan=torch.inf).argmin(1)
+    assert torch.equal(labels, expected)
+
+
+@native
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("d", [5, 300])
 def test_a_bad_point_or_centroid_spoils_no_other(bad, d):

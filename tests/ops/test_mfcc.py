@@ -6,6 +6,7 @@ The stored ones are made by running this file: pip install --no-deps torchaudio 
 from __future__ import annotations
 
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -175,3 +176,17 @@ def test_counts_empty_filters():
 
 if __name__ == "__main__":
     write_golden()
+
+
+@pytest.mark.parametrize("backend", list(ops.OPS["mfcc"].backends["cpu"]))
+@pytest.mark.parametrize(("samples", "rate_hz"), [(16, 100), (33, 50), (64, 100), (322, 500)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_frame_with_a_bad_sample_is_nan_throughout(bad, samples, rate_hz, backend):
+    frames = torch.randn(2 * samples + 1, samples, generator=torch.Generator().manual_seed(0))
+    for i in range(samples):
+        frames[2 * i, i] = bad
+    with use_backend(backend):
+        rows = ops.mfcc(frames, rate_hz)
+    assert rows[:-1:2].isnan().all()
+    assert rows[1::2].isfinite().all()
+    assert rows[-1].isfinite().all()
