@@ -5,7 +5,7 @@ namespace HUBERT_ECG_ISA {
 
 template <class T, bool kDropout>
 HUBERT_ECG_TARGET static void normalise(const T* x, const T* residual, const T* weight, const T* bias, int64_t D, T eps,
-                                        const Dropout<T>& kept, T* y, T* mean, T* rstd) {
+                                        Dropout<T> kept, T* y, T* mean, T* rstd) {
   T sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
   for (int32_t d = 0; d < int32_t(D); ++d) {
@@ -26,8 +26,7 @@ HUBERT_ECG_TARGET static void normalise(const T* x, const T* residual, const T* 
 // sums [2][D]: of grad * normed, and of grad.
 template <class T, bool kDropout>
 HUBERT_ECG_TARGET static void differentiate(const T* grad, const T* x, const T* residual, const T* weight, T mean,
-                                            T rstd, int64_t D, const Dropout<T>& kept, T* to_x, T* to_residual,
-                                            T* sums) {
+                                            T rstd, int64_t D, Dropout<T> kept, T* to_x, T* to_residual, T* sums) {
   T plain = 0, along = 0;
 #pragma omp simd reduction(+ : plain, along)
   for (int32_t d = 0; d < int32_t(D); ++d) {

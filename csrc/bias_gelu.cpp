@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 
 #include "dropout.h"
 #include "isa.h"

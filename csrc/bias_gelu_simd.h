@@ -9,8 +9,7 @@ inline __attribute__((always_inline)) float decay(float x) {
   // Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits of the mantissa.
   const float shifted = held * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
   const float r = (held - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float y = 1.0f / 720;
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
+  const float y = (((((r / 720 + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1) * r + 1;
   uint32_t power;
   std::memcpy(&power, &shifted, sizeof power);
   power = (power << 23) + 0x3f800000u;
@@ -23,15 +22,14 @@ inline __attribute__((always_inline)) double decay(double x) { return std::exp(x
 // The normal distribution's share below a; bell = exp(-a^2 / 2). Abramowitz and Stegun, 7.1.26: within 7.5e-8.
 inline __attribute__((always_inline)) float below(float a, float bell) {
   const float t = 1 / (1 + 0.3275911f * 0.70710678f * std::fabs(a));
-  float y = 1.061405429f;
-  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = y * t + c;
+  const float y = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
   const float above = 0.5f * y * t * bell;
   return a > 0 ? 1 - above : above;
 }
 inline __attribute__((always_inline)) double below(double a, double) { return 0.5 * std::erfc(-a * std::sqrt(0.5)); }
 
 template <class T, bool kDropout>
-HUBERT_ECG_TARGET static void gelu_row(const T* x, const T* bias, int64_t D, const Dropout<T>& kept, T* y) {
+HUBERT_ECG_TARGET static void gelu_row(const T* x, const T* bias, int64_t D, Dropout<T> kept, T* y) {
 #pragma omp simd
   for (int32_t d = 0; d < int32_t(D); ++d) {
     const T a = x[d] + bias[d], value = a * below(a, decay(a * a * T(-0.5)));
@@ -40,8 +38,8 @@ HUBERT_ECG_TARGET static void gelu_row(const T* x, const T* bias, int64_t D, con
 }
 
 template <class T, bool kDropout>
-HUBERT_ECG_TARGET static void gelu_row_backward(const T* grad, const T* x, const T* bias, int64_t D,
-                                                const Dropout<T>& kept, T* to_x, T* to_bias) {
+HUBERT_ECG_TARGET static void gelu_row_backward(const T* grad, const T* x, const T* bias, int64_t D, Dropout<T> kept,
+                                                T* to_x, T* to_bias) {
 #pragma omp simd
   for (int32_t d = 0; d < int32_t(D); ++d) {
     const T a = x[d] + bias[d], bell = decay(a * a * T(-0.5));

@@ -193,7 +193,8 @@ class HubertECGForPretraining(Backbone):
         """Predict the clusters of masked tokens.
 
         The loss is ``alpha * masked + (1 - alpha) * unmasked``: mean cross entropy over masked and other valid tokens,
-        summed over codebooks. With alpha 1 no logits of unmasked tokens are computed.
+        summed over codebooks. With alpha 1 only masked tokens reach the loss: the last layer then computes no others,
+        and ``last_hidden_state`` is ``[B, M, H]``, unless hidden states or logits of all tokens are asked for.
 
         Args:
             ecg: ``[B, L, T]`` or ``[B, L * T]``.
@@ -208,7 +209,8 @@ class HubertECGForPretraining(Backbone):
         Raises:
             ValueError: If a shape does not fit, or there are labels and no mask.
         """
-        output = self.encode(ecg, lengths, mask_indices, output_hidden_states)
+        only_masked = labels is not None and alpha == 1 and not (output_hidden_states or output_logits)
+        output = self.encode(ecg, lengths, mask_indices, output_hidden_states, mask_indices if only_masked else None)
         x, valid = output.last_hidden_state, output.valid
         projections = [cast(nn.Linear, project) for project in self.final_proj]
         codebooks = [cast(nn.Embedding, codebook).weight for codebook in self.label_embedding]
@@ -221,22 +223,23 @@ class HubertECGForPretraining(Backbone):
         if mask_indices is None:
             raise ValueError("HubertECGForPretraining: mask_indices must come with labels, got None; use ops.span_mask")
         labels = labels[None] if labels.ndim == 2 else labels
-        if labels.shape != (len(codebooks), *x.shape[:2]):
-            raise ValueError(
-                f"HubertECGForPretraining: labels must be {[len(codebooks), *x.shape[:2]]}, got {list(labels.shape)}"
-            )
+        shape = [len(codebooks), len(ecg), num_tokens(self.config, ecg[0].numel())]
+        if list(labels.shape) != shape:
+            raise ValueError(f"HubertECGForPretraining: labels must be {shape}, got {list(labels.shape)}")
         labels = labels.long()
         if valid is not None:
             labels = labels.masked_fill(~valid, IGNORED)
+        if only_masked:
+            labels = labels.gather(2, mask_indices.expand(len(labels), -1, -1))
 
         def loss(labels: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
             weights, biases = zip(*((project.weight, project.bias) for project in projections), strict=True)
             return codebook_loss(x, weights, codebooks, labels, indices, TEMPERATURE, biases)
 
-        output.masked_loss, output.accuracy = loss(labels, mask_indices)
+        output.masked_loss, output.accuracy = loss(labels, None if only_masked else mask_indices)
         output.loss = output.masked_loss
         if alpha != 1:
-            masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, mask_indices, True)
+            masked = torch.zeros(shape[1:], dtype=torch.bool, device=x.device).scatter(1, mask_indices, True)
             output.unmasked_loss, _ = loss(labels.masked_fill(masked, IGNORED), None)
             output.loss = alpha * output.masked_loss + (1 - alpha) * output.unmasked_loss
         return output
