@@ -44,6 +44,17 @@ TABLE = {
         "one Kaldi call per frame",
     ),
     "test_preprocess": ("preparing 64 records, published form", "the published chain in SciPy"),
+    **{
+        f"test_pretrain_step[K{clusters}]": (
+            f"a step of pretraining, base model, 16 records, {clusters:,} clusters",
+            "transformers, float32",
+        )
+        for clusters in (100, 1000)
+    },
+    "test_codebook_loss[K1000]": ("loss over 1,000 clusters, 8 records", "broadcast cosine of all tokens"),
+    "test_attention[all_keys-dropout-float32]": ("attention with dropout, 16 records", "torch SDPA"),
+    "test_front_end": ("convolutions, 16 records", "eager PyTorch"),
+    "test_positional_conv[16]": ("positional convolution, 16 records", "eager PyTorch"),
 }
 
 

@@ -141,6 +141,22 @@ def test_layerdrop_is_drawn_by_the_host_generator_and_only_in_training():
     assert all(layers_run() == tuple(range(12)) for _ in range(5))
 
 
+@pytest.mark.parametrize("layerdrop", [0.0, 1.0], ids=["last layer", "no layer"])
+@pytest.mark.parametrize("lengths", [None, [500, 260]], ids=["whole", "padded"])
+def test_the_last_layer_computes_masked_tokens_alone_where_only_they_count(lengths, layerdrop):
+    torch.manual_seed(0)
+    still = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": layerdrop}
+    model = HubertECGForPretraining(dataclasses.replace(CONFIG, **still)).double().train()
+    ecg, mask, labels = torch.randn(2, 12, 500).double(), span_mask(2, 93, 0.33), torch.randint(0, 100, (2, 93))
+    inputs = {"lengths": None if lengths is None else torch.tensor(lengths), "labels": labels, "mask_indices": mask}
+    few, all_ = model(ecg, **inputs), model(ecg, **inputs, output_hidden_states=True)
+    assert few.last_hidden_state.shape == (2, mask.shape[1], 32)
+    assert all_.last_hidden_state.shape == (2, 93, 32)
+    chosen = all_.last_hidden_state.gather(1, mask[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(few.last_hidden_state, chosen, atol=1e-12, rtol=0)
+    torch.testing.assert_close(few.loss, all_.loss, atol=1e-12, rtol=0)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
     model = HubertECGForPretraining(CONFIG)
