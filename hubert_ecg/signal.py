@@ -195,8 +195,6 @@ def _check_decimation(ecg: torch.Tensor, factor: Any, function: str, fewest: int
 
 def _check_leads(x: torch.Tensor, function: str, argument: str) -> None:
     given = f"{function}: {argument} must be [{len(LEADS)}, samples] or [B, {len(LEADS)}, samples]"
-    if x is None:
-        raise ValueError(f"{given}, got None")
     if x.ndim not in (2, 3) or x.shape[-2] != len(LEADS):
         hint = "; transpose it" if x.ndim in (2, 3) and x.shape[-1] == len(LEADS) else ""
         raise ValueError(f"{given}, got {list(x.shape)}{hint}")

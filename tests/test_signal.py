@@ -448,7 +448,7 @@ ZEROS = np.zeros((12, 5000))
         ({"raw": np.zeros((1, 1, 12, 5000))}, r"got \[1, 1, 12, 5000\]"),
         ({"raw": np.zeros((12, 0))}, r"at least one sample, got \[12, 0\]"),
         ({"raw": np.zeros((12, 4))}, r"at least one sample of the output \(0\.01 s\), got 4 samples at 500 Hz"),
-        ({"raw": None}, r"raw must be \[12, samples\] or \[B, 12, samples\], got None"),
+        ({"raw": None}, "raw must be a NumPy, CuPy or torch array, got None"),
         ({"raw": [[0.0] * 5000] * 12}, "raw must be a NumPy, CuPy or torch array, got list"),
         ({"raw": np.full((12, 5000), "x")}, "raw must hold numbers"),
         ({"raw": np.zeros((12, 5000), complex)}, "raw must hold numbers"),

@@ -217,6 +217,8 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
             result = function(*given, **kwargs)
             return result if kind in (None, "torch") else give_back(result, kind)
 
+        # torch.compile counts how often it compiled a code object: each function gets its own.
+        public.__code__ = public.__code__.replace(co_name=function.__name__)
         return public
 
     return decorate

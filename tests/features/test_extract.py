@@ -261,7 +261,7 @@ def test_errors(arguments, message):
         (np.zeros((500, 12)), r"got \[500, 12\]"),
         (np.zeros((12, 6)), "ecg must hold at least 7 samples of each lead, one token at 100 Hz, got 6"),
         (torch.zeros(12, 500, dtype=torch.complex64), "ecg must be real"),
-        (None, r"ecg must be \[12, T\] or \[B, 12, T\], got None"),
+        (None, "ecg must be a NumPy, CuPy or torch array, got None"),
         ([1.0], "ecg must be a NumPy, CuPy or torch array, got list"),
     ],
 )
