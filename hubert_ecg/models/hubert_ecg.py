@@ -118,7 +118,10 @@ class Backbone(Pretrained, nn.Module):
         return ecg, sample_mask(lengths.to(ecg.device, non_blocking=True), num_leads, num_samples)
 
     def compile_layers(self, **options: object) -> None:
-        """Compile each transformer layer by itself, so that LayerDrop stays a choice of the host."""
+        """Compile each transformer layer by itself, so that LayerDrop stays a choice of the host.
+
+        ``torch.compile`` of a whole model gives one graph in evaluation, and in training where ``layerdrop`` is 0.
+        """
         for layer in self.encoder.layers:
             layer.compile(**options)
 
@@ -223,9 +226,10 @@ class HubertECGForPretraining(Backbone):
         if mask_indices is None:
             raise ValueError("HubertECGForPretraining: mask_indices must come with labels, got None; use ops.span_mask")
         labels = labels[None] if labels.ndim == 2 else labels
-        shape = [len(codebooks), len(ecg), num_tokens(self.config, ecg[0].numel())]
-        if list(labels.shape) != shape:
-            raise ValueError(f"HubertECGForPretraining: labels must be {shape}, got {list(labels.shape)}")
+        shape = [len(codebooks), len(ecg), num_tokens(self.config, ecg.shape[1:].numel())]
+        if list(labels.shape) != shape or labels.is_floating_point():
+            given = f"{list(labels.shape)} {labels.dtype}"
+            raise ValueError(f"HubertECGForPretraining: labels must be {shape} whole numbers, got {given}")
         labels = labels.long()
         if valid is not None:
             labels = labels.masked_fill(~valid, IGNORED)

@@ -7,6 +7,7 @@ its work. ``bits(i)`` hashes the flat index ``i`` with two keys from the seed, t
 
 from __future__ import annotations
 
+import numbers
 import operator
 
 import torch
@@ -64,7 +65,7 @@ def check(op: str, dropout_p: float, seed: Tensor | int | None, device: torch.de
     Raises:
         ValueError: a probability outside 0 to 1, or a seed that is no whole number.
     """
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real) or not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p!r}")
     want = f"{op}: seed must be int64 [], a whole number or None"
     if isinstance(seed, Tensor):

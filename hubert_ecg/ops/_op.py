@@ -120,8 +120,14 @@ class Op:
         torch.library.register_fake(f"hubert_ecg::{self.name}", fn, lib=LIBRARY)
 
     def autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-        """Ties the backward, itself an op, to this op."""
+        """Ties the backward, itself an op that was defined before, to this op."""
         self.differentiable = True
+
+        def refuse(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(f"{self.name}: has no second derivative")
+
+        name = f"hubert_ecg::{self.name}_backward"
+        torch.library.register_autograd(name, refuse, setup_context=lambda ctx, inputs, output: None, lib=LIBRARY)
         torch.library.register_autograd(f"hubert_ecg::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def pick(self, device: str) -> Callable[..., Any]:
@@ -218,7 +224,7 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
             return result if kind in (None, "torch") else give_back(result, kind)
 
         # torch.compile counts how often it compiled a code object: each function gets its own.
-        public.__code__ = public.__code__.replace(co_name=function.__name__)
+        public.__code__ = public.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
         return public
 
     return decorate
@@ -227,6 +233,13 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 def describe(x: torch.Tensor) -> str:
     """A tensor as errors name it: ``float32[4, 8]``."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def check_device(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises ValueError where one of the named tensors does not lie where ``x`` does."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {other.device}")
 
 
 def check_whole(what: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hubert_ecg.ops import _dropout
 from hubert_ecg.ops import add_norm_reference as reference
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
 from hubert_ecg.ops._rows import as_rows, wide
 
 _add_norm = Op(
@@ -56,13 +56,14 @@ def add_norm(
     """
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"add_norm: x must be floating point [..., D], got {describe(x)}")
-    if residual.shape != x.shape or not residual.is_floating_point() or residual.device != x.device:
+    if residual.shape != x.shape or not residual.is_floating_point():
         raise ValueError(f"add_norm: residual must be floating point {list(x.shape)}, got {describe(residual)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != x.shape[-1:] or not parameter.is_floating_point() or parameter.device != x.device:
+        if parameter.shape != x.shape[-1:] or not parameter.is_floating_point():
             want = f"floating point [{x.shape[-1]}]"
             raise ValueError(f"add_norm: {name} must be {want}, got {describe(parameter)}")
-    if not eps >= 0:
+    check_device("add_norm", x, residual=residual, weight=weight, bias=bias)
+    if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"add_norm: eps must be a number from 0 on, got {eps}")
     seed = _dropout.check("add_norm", dropout_p, seed, x.device)
     return _add_norm.call(x, residual, weight, bias, eps, dropout_p, seed)[0]
@@ -110,14 +111,17 @@ def _(kernel, grad, x, residual, weight, mean, rstd, dropout_p, seed):
 @_add_norm.triton
 def _(kernels, x, residual, weight, bias, eps, dropout_p, seed):
     outputs = _outputs(residual)
-    if x.numel():
-        given = (t.contiguous() for t in (x, residual, weight, bias))
-        kernels.add_norm(*given, eps, dropout_p, seed, *outputs)
+    if not x.numel():
+        return reference.add_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    given = (t.contiguous() for t in (x, residual, weight, bias))
+    kernels.add_norm(*given, eps, dropout_p, seed, *outputs)
     return outputs
 
 
 @_backward.triton
 def _(kernels, grad, x, residual, weight, mean, rstd, dropout_p, seed):
+    if not x.numel():
+        return _dense(x), _dense(residual), torch.zeros_like(weight), torch.zeros_like(weight)
     given = (t.contiguous() for t in (grad, x, residual, weight, mean, rstd))
     return kernels.add_norm_backward(*given, dropout_p, seed)
 

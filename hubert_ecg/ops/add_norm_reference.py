@@ -25,7 +25,11 @@ def add_norm(
     mean = total.mean(-1, keepdim=True)
     centred = total - mean
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * rstd * weight + bias).to(residual.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return (
+        (centred * rstd * weight + bias).to(residual.dtype).contiguous(),
+        mean.squeeze(-1).contiguous(),
+        rstd.squeeze(-1).contiguous(),
+    )
 
 
 def add_norm_backward(
@@ -47,7 +51,8 @@ def add_norm_backward(
     summed = tuple(range(grad.ndim - 1))
     to_weight, to_bias = (grad * normed).sum(summed), grad.sum(summed)
     to_x = dropout(to_total, dropout_p, seed)
-    return to_x.to(x.dtype), to_total.to(residual.dtype), to_weight.to(weight.dtype), to_bias.to(weight.dtype)
+    to_x, to_total = to_x.to(x.dtype).contiguous(), to_total.to(residual.dtype).contiguous()
+    return to_x, to_total, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
 
 
 def add_norm_samples(device: str) -> Iterator[tuple[Any, ...]]:

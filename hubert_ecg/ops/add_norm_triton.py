@@ -100,13 +100,12 @@ def add_norm_backward(
     to_x, to_residual = torch.empty_like(x), torch.empty_like(residual)
     # Each program sums the rows that it has; the sums are added in a fixed order.
     programs = min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3)
-    per_program = triton.cdiv(rows, programs) if rows else 1
+    per_program = triton.cdiv(rows, programs)
     programs = triton.cdiv(rows, per_program)
     sums = residual.new_empty(programs, 2, D, dtype=torch.promote_types(residual.dtype, torch.float32))
-    if rows:
-        _add_norm_backward_kernel[(programs,)](
-            grad, x, residual, weight, mean, rstd, seed, to_x, to_residual, sums, rows, D,
-            per_program=per_program, **_options(residual, dropout_p),
-        )  # fmt: skip
+    _add_norm_backward_kernel[(programs,)](
+        grad, x, residual, weight, mean, rstd, seed, to_x, to_residual, sums, rows, D,
+        per_program=per_program, **_options(residual, dropout_p),
+    )  # fmt: skip
     to_weight, to_bias = sums.sum(0).to(weight.dtype)
     return to_x, to_residual, to_weight, to_bias

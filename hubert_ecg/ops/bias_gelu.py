@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hubert_ecg.ops import _dropout
 from hubert_ecg.ops import bias_gelu_reference as reference
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
 from hubert_ecg.ops._rows import as_rows
 
 _bias_gelu = Op("bias_gelu(Tensor x, Tensor bias, float dropout_p, Tensor? seed) -> Tensor", reference.bias_gelu)
@@ -41,8 +41,9 @@ def bias_gelu(x: Array, bias: Array, dropout_p: float = 0.0, seed: Tensor | int 
     """
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"bias_gelu: x must be floating point [..., D], got {describe(x)}")
-    if bias.shape != x.shape[-1:] or not bias.is_floating_point() or bias.device != x.device:
+    if bias.shape != x.shape[-1:] or not bias.is_floating_point():
         raise ValueError(f"bias_gelu: bias must be floating point [{x.shape[-1]}], got {describe(bias)}")
+    check_device("bias_gelu", x, bias=bias)
     return _bias_gelu.call(x, bias, dropout_p, _dropout.check("bias_gelu", dropout_p, seed, x.device))
 
 

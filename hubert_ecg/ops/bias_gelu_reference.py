@@ -15,7 +15,7 @@ from hubert_ecg.ops._dropout import dropout
 def bias_gelu(x: Tensor, bias: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     at = x.to(wide) + bias.to(wide)
-    return dropout(at * 0.5 * (1 + torch.erf(at * math.sqrt(0.5))), dropout_p, seed).to(x.dtype)
+    return dropout(at * 0.5 * (1 + torch.erf(at * math.sqrt(0.5))), dropout_p, seed).to(x.dtype).contiguous()
 
 
 def bias_gelu_backward(
@@ -25,7 +25,7 @@ def bias_gelu_backward(
     at = x.to(wide) + bias.to(wide)
     slope = 0.5 * (1 + torch.erf(at * math.sqrt(0.5))) + at * torch.exp(-at * at / 2) / math.sqrt(2 * math.pi)
     to_x = dropout(grad.to(wide), dropout_p, seed) * slope
-    return to_x.to(x.dtype), to_x.sum(tuple(range(x.ndim - 1))).to(bias.dtype)
+    return to_x.to(x.dtype).contiguous(), to_x.sum(tuple(range(x.ndim - 1))).to(bias.dtype)
 
 
 def bias_gelu_samples(device: str) -> Iterator[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import codebook_loss_reference as reference
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
 from hubert_ecg.ops.codebook_loss_reference import EPSILON, IGNORED, row_loss
 
 _cross_entropy = Op(
@@ -77,6 +77,11 @@ def codebook_loss(
     _check_ensemble(x, projection, codebooks, biases, labels, mask_indices)
     rows, targets = x.flatten(0, 1), labels.flatten(1)
     if mask_indices is not None:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and mask_indices.numel():
+            low, high = (int(bound) for bound in mask_indices.aminmax())
+            if low < 0 or high >= x.shape[1]:
+                want = f"from 0 to {x.shape[1] - 1}"
+                raise ValueError(f"codebook_loss: mask_indices must be {want}, got {low if low < 0 else high}")
         place = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
         place = (mask_indices + place).flatten()
         rows, targets = rows.index_select(0, place), targets.index_select(1, place)
@@ -123,9 +128,7 @@ def codebook_cross_entropy(
         )
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise ValueError(f"{op}: labels must be int64 [{len(x)}], got {describe(labels)}")
-    for name, other in (("codebook", codebook), ("labels", labels)):
-        if other.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {other.device}")
+    check_device(op, x, codebook=codebook, labels=labels)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -167,7 +170,9 @@ def _check_ensemble(
             raise ValueError(f"{op}: codebook must be [K, {len(weight)}], got {describe(entries)}")
         if shift is not None and shift.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must be [{len(weight)}], got {describe(shift)}")
+        check_device(op, x, projection=weight, codebook=entries, bias=shift)
     _check_tokens(x, labels, len(projections))
+    check_device(op, x, mask_indices=mask_indices)
     if mask_indices is not None and (mask_indices.dtype != torch.int64 or mask_indices.shape[:-1] != x.shape[:1]):
         raise ValueError(f"{op}: mask_indices must be int64 [{len(x)}, M], got {describe(mask_indices)}")
 

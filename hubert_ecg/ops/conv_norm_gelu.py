@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import conv_norm_gelu_reference as reference
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
 
 # Channels of one step of the kernels in csrc/conv_norm_gelu.h.
 _CHANNELS = 64
@@ -105,7 +105,7 @@ def _check(
     if valid is not None:
         if valid.dtype != torch.bool or valid.shape != (len(x), frames):
             raise ValueError(f"conv_norm_gelu: valid must be bool [{len(x)}, {frames}], got {describe(valid)}")
-        _check_device("valid", valid, x)
+        check_device("conv_norm_gelu", x, valid=valid)
     if not eps >= 0:
         raise ValueError(f"conv_norm_gelu: eps must be at least 0, got {eps}")
 
@@ -113,12 +113,7 @@ def _check(
 def _check_tensor(name: str, given: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     if not given.is_floating_point() or given.shape != shape:
         raise ValueError(f"conv_norm_gelu: {name} must be floating point {list(shape)}, got {describe(given)}")
-    _check_device(name, given, x)
-
-
-def _check_device(name: str, given: Tensor, x: Tensor) -> None:
-    if given.device != x.device:
-        raise ValueError(f"conv_norm_gelu: {name} must be on the device of x ({x.device}), got {given.device}")
+    check_device("conv_norm_gelu", x, **{name: given})
 
 
 @dataclasses.dataclass
@@ -181,7 +176,7 @@ def _fold(
     level = mean.mean(1, keepdim=True)
     mean = mean - level
     return _Folded(
-        x=(x.double() - level).to(dtype),
+        x=(x.double() - level).to(dtype).contiguous(),
         taps=(taps.T * scale[:, None]).to(dtype).contiguous(),
         offset=(norm_bias.double() - scale * (mean @ taps.T)).to(dtype),
         scale=scale,

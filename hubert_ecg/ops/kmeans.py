@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hubert_ecg.ops import kmeans_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_flag, check_whole, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, check_flag, check_whole, takes_arrays
 
 _assign = Op("kmeans_assign(Tensor x, Tensor centroids) -> Tensor", reference.kmeans_assign)
 _accumulate = Op(
@@ -70,7 +70,7 @@ def kmeans_accumulate(x: Array, labels: Array, num_clusters: int) -> tuple[Array
     _check_points("kmeans_accumulate", x)
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise ValueError(f"kmeans_accumulate: labels must be int64 [{x.shape[0]}], got {_said(labels)}")
-    _check_device("kmeans_accumulate", "labels", x, labels)
+    check_device("kmeans_accumulate", x, labels=labels)
     check_whole("kmeans_accumulate: num_clusters", num_clusters)
     if num_clusters < 1:
         raise ValueError(f"kmeans_accumulate: num_clusters must be at least 1, got {num_clusters}")
@@ -117,12 +117,7 @@ def _check_centroids(op: str, x: Tensor, centroids: Tensor) -> None:
     if not fits or centroids.dtype != x.dtype:
         want = f"[K, {x.shape[1]}] with K > 0 and the dtype of x ({_dtype(x)})"
         raise ValueError(f"{op}: centroids must be {want}, got {_said(centroids)}")
-    _check_device(op, "centroids", x, centroids)
-
-
-def _check_device(op: str, name: str, x: Tensor, other: Tensor) -> None:
-    if other.device != x.device:
-        raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {other.device}")
+    check_device(op, x, centroids=centroids)
 
 
 def _as_points(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hubert_ecg.ops import mask_embedding_reference as reference
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
 
 _mask_embedding = Op(
     "mask_embedding(Tensor x, Tensor bias, Tensor embedding, Tensor masked) -> Tensor", reference.mask_embedding
@@ -39,11 +39,12 @@ def mask_embedding(x: Array, bias: Array, embedding: Array, masked: Array) -> Ar
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"mask_embedding: x must be floating point [..., D], got {describe(x)}")
     for name, vector in (("bias", bias), ("embedding", embedding)):
-        if vector.shape != x.shape[-1:] or not vector.is_floating_point() or vector.device != x.device:
+        if vector.shape != x.shape[-1:] or not vector.is_floating_point():
             want = f"floating point [{x.shape[-1]}]"
             raise ValueError(f"mask_embedding: {name} must be {want}, got {describe(vector)}")
-    if masked.shape != x.shape[:-1] or masked.dtype != torch.bool or masked.device != x.device:
+    if masked.shape != x.shape[:-1] or masked.dtype != torch.bool:
         raise ValueError(f"mask_embedding: masked must be bool {list(x.shape[:-1])}, got {describe(masked)}")
+    check_device("mask_embedding", x, bias=bias, embedding=embedding, masked=masked)
     return _mask_embedding.call(x, bias, embedding, masked)
 
 

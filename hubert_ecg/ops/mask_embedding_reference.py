@@ -11,14 +11,14 @@ from torch import Tensor
 
 def mask_embedding(x: Tensor, bias: Tensor, embedding: Tensor, masked: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.where(masked[..., None], embedding.to(wide), x.to(wide) + bias.to(wide)).to(x.dtype)
+    return torch.where(masked[..., None], embedding.to(wide), x.to(wide) + bias.to(wide)).to(x.dtype).contiguous()
 
 
 def mask_embedding_backward(grad: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(grad.dtype, torch.float32)
     replaced, rows = masked[..., None], tuple(range(masked.ndim))
     to_x = torch.where(replaced, 0, grad.to(wide))
-    return to_x.to(grad.dtype), to_x.sum(rows), torch.where(replaced, grad.to(wide), 0).sum(rows)
+    return to_x.to(grad.dtype).contiguous(), to_x.sum(rows), torch.where(replaced, grad.to(wide), 0).sum(rows)
 
 
 def mask_embedding_samples(device: str) -> Iterator[tuple[Any, ...]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_ecg.ops._op import describe
+from hubert_ecg.ops._op import check_device, describe
 
 
 def positional_conv(x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: bool = True) -> Tensor:
@@ -46,6 +46,7 @@ def positional_conv(x: Tensor, weight: Tensor, bias: Tensor, groups: int, residu
         raise ValueError(f"positional_conv: weight must be {want}, got {describe(weight)}")
     if bias.shape != (width,):
         raise ValueError(f"positional_conv: bias must be [{width}], got {describe(bias)}")
+    check_device("positional_conv", x, weight=weight, bias=bias)
     y = F.gelu((_by_fourier if _fourier_pays(x, weight) else _direct)(x, weight, bias)).to(x.dtype)
     return x + y if residual else y
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import strided_conv_reference as reference
-from hubert_ecg.ops._op import Array, Op, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
 
 _op = Op(
     "strided_conv(Tensor x, Tensor weight, int stride, Tensor? bias=None) -> Tensor",
@@ -63,9 +63,7 @@ def strided_conv(x: Array, weight: Array, stride: int, bias: Array | None = None
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
         want = f"{str(x.dtype).removeprefix('torch.')} [{len(weight)}]"
         raise ValueError(f"strided_conv: bias must be {want}, got {describe(bias)}")
-    for name, given in (("weight", weight), ("bias", bias)):
-        if given is not None and given.device != x.device:
-            raise ValueError(f"strided_conv: {name} must be on the device of x ({x.device}), got {given.device}")
+    check_device("strided_conv", x, weight=weight, bias=bias)
     return _op.call(x, weight, stride, bias)
 
 

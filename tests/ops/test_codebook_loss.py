@@ -242,3 +242,10 @@ def test_refuses_bad_input_in_its_own_words(change, message):
     names = ("x", "projection", "bias", "codebook", "labels", "mask_indices")
     with pytest.raises(ValueError, match=message):
         codebook_loss(**{**dict(zip(names, made(), strict=True)), **change})
+
+
+@pytest.mark.parametrize("index", [5, -1])
+def test_a_masked_token_outside_of_its_record_is_refused(index):
+    mask = torch.tensor([[0, index], [1, 2]])
+    with pytest.raises(ValueError, match=f"codebook_loss: mask_indices must be from 0 to 4, got {index}"):
+        codebook_loss(torch.randn(2, 5, 4), torch.eye(4), torch.eye(4), torch.zeros(2, 5, dtype=torch.int64), mask)

@@ -202,6 +202,38 @@ def test_forward_and_backward_compile_to_one_graph(op):
 
 
 @each(DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(op):
+    args = differentiable(convert(next(op.samples("cpu")), torch.float64))
+    results = getattr(ops, op.name)(*args)
+    first = results[0] if isinstance(results, tuple) else results
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    gradient = torch.autograd.grad(first.square().sum(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=f"{op.name}: has no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), leaves)
+
+
+@each(DIFFERENTIABLE)
+def test_tensors_of_two_devices_are_refused(op):
+    args = next(op.samples("cpu"))
+    for place, arg in enumerate(args[1:], 1):
+        if isinstance(arg, torch.Tensor) and arg.ndim:
+            there = [*args[:place], arg.to("meta"), *args[place + 1 :]]
+            with pytest.raises(ValueError, match=rf"^{op.name}: \w+ must be .* got "):
+                getattr(ops, op.name)(*there)
+
+
+@each(DIFFERENTIABLE)
+def test_every_backend_gives_what_is_traced_of_any_memory_format(op):
+    args = tuple(
+        a.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(a, torch.Tensor) and a.ndim > 1 else a
+        for a in next(op.samples("cpu"))
+    )
+    for backend in op.backends["cpu"]:
+        with use_backend(backend):
+            torch.library.opcheck(op.call, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@each(DIFFERENTIABLE)
 def test_keeps_the_dtype_it_got(op):
     for dtype in op.tolerance:
         args = convert(next(op.samples("cpu")), dtype)
