@@ -71,15 +71,17 @@ def kernels(said: str):
 def readable(symbol: str) -> str:
     """``kernel<64, true>`` of a mangled name."""
     names = {"f": "float", "d": "double", "l": "int64_t", "Lb0E": "false", "Lb1E": "true"}
+    names |= {"6__half": "half", "13__nv_bfloat16": "bfloat16"}
     at, parts = symbol.index("N") + 1, []
     while match := re.match(r"\d+", symbol[at:]):
         begin = at + len(match[0])
         at = begin + int(match[0])
         parts.append(symbol[begin:at])
-    arguments = re.match(r"I((?:L[a-z]\d+E|[a-z])+)E", symbol[at:])
+    argument = r"L[a-z]\d+E|6__half|13__nv_bfloat16|[a-z]"
+    arguments = re.match(f"I((?:{argument})+)E", symbol[at:])
     if not arguments:
         return parts[-1]
-    given = re.findall(r"L[a-z]\d+E|[a-z]", arguments[1])
+    given = re.findall(argument, arguments[1])
     return f"{parts[-1]}<{', '.join(names.get(a) or re.sub(r'[^0-9]', '', a) for a in given)}>"
 
 

@@ -71,16 +71,17 @@ class Valid {
   bool all_;
 };
 
-template <class T, class U, class Sum>
-__device__ __forceinline__ Sum dot_of_warp(const T* x, const U* y, int64_t D, Sum) {
-  Sum sum = 0;
+template <class T>
+__device__ __forceinline__ Wide<T> dot_of_warp(const T* x, const T* y, int64_t D) {
+  Wide<T> sum = 0;
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) sum += widen(x[d]) * widen(y[d]);
   return sum_of_warp(sum);
 }
 
 // One row of 128 numbers of the result.
-template <class T, class Sum>
-__global__ void __launch_bounds__(kPlain) attention_rows(AttentionInputs<T, Sum> in, Heads<T> out, Drop drop) {
+template <class T>
+__global__ void __launch_bounds__(kPlain, 4) attention_rows(Inputs<T> in, Heads<T> out, Drop drop) {
+  using Sum = Wide<T>;
   HUBERT_ECG_SHARED(Sum, weights);  // [kPlain]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x, m = row % in.M, h = row / in.M % in.H, b = row / in.M / in.H;
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kPlain) attention_rows(AttentionInputs<T, Sum>
     for (int i = warp; i < kPlain; i += kPlain / 32) {
       const int64_t n = first + i;
       Sum score = -INFINITY;
-      if (n < in.tokens && valid(n)) score = in.scale * dot_of_warp(q, in.k.row(b, n, h), in.D, Sum());
+      if (n < in.tokens && valid(n)) score = in.scale * dot_of_warp(q, in.k.row(b, n, h), in.D);
       if (lane == 0) weights[i] = score;
     }
     __syncthreads();
@@ -134,19 +135,26 @@ __device__ __forceinline__ Pair<Sum> pair_of_warp(const AttentionInputs<T, Sum>&
                                                   const Heads<const T>& out, const Keep& keep, Sum kept, int64_t b,
                                                   int64_t h, int64_t m, int64_t token, int64_t n) {
   const int64_t row = (b * in.H + h) * in.M + m;
-  const T* const from = grad.row(b, m, h);
-  const Sum score = dot_of_warp(in.q.row(b, token, h), in.k.row(b, n, h), in.D, Sum()),
-            of_weight = dot_of_warp(from, in.v.row(b, n, h), in.D, Sum()),
-            mean = dot_of_warp(from, out.row(b, m, h), in.D, Sum()),
-            weight = std::exp(in.scale * score - in.logsumexp[row]), factor = keep(row * in.tokens + n) ? kept : Sum(0);
-  return {weight * factor, in.scale * weight * (of_weight * factor - mean)};
+  const T *const from = grad.row(b, m, h), *const to = out.row(b, m, h), *const q = in.q.row(b, token, h),
+                 *const k = in.k.row(b, n, h), *const v = in.v.row(b, n, h);
+  Sum score = 0, of_weight = 0, mean = 0;
+  for (int64_t d = threadIdx.x % 32; d < in.D; d += 32) {
+    const Sum g = widen(from[d]);
+    score += widen(q[d]) * widen(k[d]);
+    of_weight += g * widen(v[d]);
+    mean += g * widen(to[d]);
+  }
+  const Sum weight = std::exp(in.scale * sum_of_warp(score) - in.logsumexp[row]),
+            factor = keep(row * in.tokens + n) ? kept : Sum(0);
+  return {weight * factor, in.scale * weight * (sum_of_warp(of_weight) * factor - sum_of_warp(mean))};
 }
 
 // 128 numbers of the gradients of one token: of its key and value over all rows, and of its query over all keys.
-template <class T, class Sum>
-__global__ void __launch_bounds__(kPlain)
-    attention_backward_rows(AttentionInputs<T, Sum> in, Heads<const T> grad, Heads<const T> out, Heads<T> of_q,
-                            Heads<T> of_k, Heads<T> of_v, Drop drop) {
+template <class T>
+__global__ void __launch_bounds__(kPlain, 4)
+    attention_backward_rows(Inputs<T> in, Heads<const T> grad, Heads<const T> out, Heads<T> of_q, Heads<T> of_k,
+                            Heads<T> of_v, Drop drop) {
+  using Sum = Wide<T>;
   HUBERT_ECG_SHARED(Pair<Sum>, pairs);  // [kPlain]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t t = blockIdx.x % in.tokens, h = blockIdx.x / in.tokens % in.H, b = blockIdx.x / in.tokens / in.H;
@@ -193,20 +201,25 @@ __global__ void __launch_bounds__(kPlain)
   narrow(v, of_v.row(b, t, h)[d]);
 }
 
-template <class T>
-void run_plain(const Inputs<T>& in, const Heads<T>& out, const Drop& drop, intptr_t stream) {
-  using Sum = Wide<T>;
-  const dim3 grid(static_cast<unsigned>(in.B * in.H * in.M), static_cast<unsigned>((in.D + kPlain - 1) / kPlain));
-  HUBERT_ECG_LAUNCH((attention_rows<T, Sum>), grid, kPlain, kPlain * sizeof(Sum), stream, in, out, drop);
+unsigned num_blocks(const char* op, int64_t count) {
+  HUBERT_ECG_CHECK(count <= INT32_MAX, op, ": at most 2^31 - 1 rows and heads, got ", count);
+  return static_cast<unsigned>(count);
 }
 
 template <class T>
-void run_plain_backward(const Inputs<T>& in, const Heads<const T>& grad, const Heads<const T>& out, const Heads<T>& q,
-                        const Heads<T>& k, const Heads<T>& v, const Drop& drop, intptr_t stream) {
+void run_plain(const char* op, const Inputs<T>& in, const Heads<T>& out, const Drop& drop, intptr_t stream) {
   using Sum = Wide<T>;
-  const dim3 grid(static_cast<unsigned>(in.B * in.H * in.tokens), static_cast<unsigned>((in.D + kPlain - 1) / kPlain));
-  HUBERT_ECG_LAUNCH((attention_backward_rows<T, Sum>), grid, kPlain, kPlain * sizeof(Pair<Sum>), stream, in, grad, out,
-                    q, k, v, drop);
+  const dim3 grid(num_blocks(op, in.B * in.H * in.M), static_cast<unsigned>((in.D + kPlain - 1) / kPlain));
+  HUBERT_ECG_LAUNCH(attention_rows<T>, grid, kPlain, kPlain * sizeof(Sum), stream, in, out, drop);
+}
+
+template <class T>
+void run_plain_backward(const char* op, const Inputs<T>& in, const Heads<const T>& grad, const Heads<const T>& out,
+                        const Heads<T>& q, const Heads<T>& k, const Heads<T>& v, const Drop& drop, intptr_t stream) {
+  using Sum = Wide<T>;
+  const dim3 grid(num_blocks(op, in.B * in.H * in.tokens), static_cast<unsigned>((in.D + kPlain - 1) / kPlain));
+  HUBERT_ECG_LAUNCH(attention_backward_rows<T>, grid, kPlain, kPlain * sizeof(Pair<Sum>), stream, in, grad, out, q, k,
+                    v, drop);
 }
 
 // What a block has in shared memory, in bytes from its start. All parts begin at multiples of 32 bytes.
@@ -272,8 +285,7 @@ __device__ int list_keys(const Inputs<T>& in, int64_t b, int* keys, unsigned* wo
 
 // The result for all queries of a head, 16 to a warp at a time. kTiles: of D, at most.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(2 * kMostTokens)
-    attention_kernel(AttentionInputs<T, float> in, Heads<T> out, Drop drop, bool wide) {
+__global__ void __launch_bounds__(2 * kMostTokens) attention_kernel(Inputs<T> in, Heads<T> out, Drop drop, bool wide) {
   HUBERT_ECG_SHARED(unsigned char, raw);
   const Room<T> room(in.tokens, in.D);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, D = int(in.D);
@@ -352,8 +364,8 @@ __global__ void __launch_bounds__(2 * kMostTokens)
 // The gradients of a head. Warp w sums those of keys and values 16 w and on in registers, over 32 queries at a time.
 template <class T, int kTiles>
 __global__ void __launch_bounds__(2 * kMostTokens)
-    attention_backward_kernel(AttentionInputs<T, float> in, Heads<const T> grad, Heads<const T> out, Heads<T> of_q,
-                              Heads<T> of_k, Heads<T> of_v, Drop drop, bool wide) {
+    attention_backward_kernel(Inputs<T> in, Heads<const T> grad, Heads<const T> out, Heads<T> of_q, Heads<T> of_k,
+                              Heads<T> of_v, Drop drop, bool wide) {
   HUBERT_ECG_SHARED(unsigned char, raw);
   const Room<T> room(in.tokens, in.D);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, D = int(in.D);
@@ -376,6 +388,7 @@ __global__ void __launch_bounds__(2 * kMostTokens)
   load_rows(in.v, b, h, 16 * steps, D, depth, wide, threadIdx.x, blockDim.x, key, values, pitch);
   if (in.queries)
     for (int i = threadIdx.x; i < room.tokens * depth; i += blockDim.x) sums[i] = 0;
+  __syncthreads();
   const Keep keep(in.seed, drop);
   const float kept = float(drop.scale);
   Tile<T> sum_k[kTiles], sum_v[kTiles];
@@ -389,7 +402,7 @@ __global__ void __launch_bounds__(2 * kMostTokens)
     load_rows(grad, b, h, 16 * row_tiles, D, depth, wide, threadIdx.x, blockDim.x, result, grads, pitch);
     for (int r = warp; r < 16 * row_tiles; r += warps) {
       const int token = int(query(r));
-      const float mean = token < 0 ? 0.0f : dot_of_warp(grad.row(b, first + r, h), out.row(b, first + r, h), D, 0.0f);
+      const float mean = token < 0 ? 0.0f : dot_of_warp(grad.row(b, first + r, h), out.row(b, first + r, h), D);
       if (lane == 0) {
         tokens[r] = token;
         means[r] = mean;
@@ -491,8 +504,7 @@ template <class T, class Kernel, class... Args>
 void launch_heads(const char* op, Kernel* kernel, const Inputs<T>& in, int warps, int bytes, intptr_t stream,
                   const Args&... args) {
   allow_shared(op, kernel, bytes);
-  HUBERT_ECG_LAUNCH(kernel, static_cast<unsigned>(in.B * in.H), 32u * warps, static_cast<size_t>(bytes), stream, in,
-                    args...);
+  HUBERT_ECG_LAUNCH(kernel, num_blocks(op, in.B * in.H), 32u * warps, static_cast<size_t>(bytes), stream, in, args...);
 }
 
 // Whether there was room.
@@ -532,7 +544,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& spans,
   const Drop drop = {dropout_threshold(dropout_p), dropout_scale(dropout_p)};
   bool done = false;
   if constexpr (!std::is_same_v<T, double>) done = run_fast<T>(op, in, heads<T>(out), drop, stream);
-  if (!done) run_plain<T>(in, heads<T>(out), drop, stream);
+  if (!done) run_plain<T>(op, in, heads<T>(out), drop, stream);
   check_cuda(op, cudaGetLastError());
 }
 
@@ -552,7 +564,7 @@ void run_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Te
   bool done = false;
   if constexpr (!std::is_same_v<T, double>)
     done = run_fast_backward<T>(op, in, from, result, of_q, of_k, of_v, drop, stream);
-  if (!done) run_plain_backward<T>(in, from, result, of_q, of_k, of_v, drop, stream);
+  if (!done) run_plain_backward<T>(op, in, from, result, of_q, of_k, of_v, drop, stream);
   check_cuda(op, cudaGetLastError());
 }
 
