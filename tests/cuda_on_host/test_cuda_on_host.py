@@ -27,7 +27,9 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 ENTRY = re.compile(r'm\.def\("(\w+)_(cpu|cuda)"')
-READS_STRIDES = {"masked_span_attention", "masked_span_attention_backward"}
+READS_STRIDES = ("masked_span_attention", "masked_span_attention_backward")
+# Sanitizers are slow, and find at edges what they find; attention takes every pair of tokens.
+MOST_SANITIZED = dict.fromkeys(READS_STRIDES, 2_000)
 
 pytestmark = pytest.mark.slow
 
@@ -166,7 +168,7 @@ def more_samples(op: str):
 def attention_samples(normal):
     """Tile edges, the most tokens and numbers, rows of one token in several tiles; odd strides and addresses."""
     seed, row = torch.tensor(2**40 + 7), torch.arange(53)
-    for T, D in [(16, 16), (17, 65), (31, 129), (48, 40), (128, 128)]:
+    for T, D in [(16, 16), (17, 65), (12, 129), (48, 40), (128, 128)]:
         spans = torch.tensor([[[0, T // 3], [T // 2, T - 1]]])
         q, k, v = normal(1, T, 3, 1, D).unbind(2)
         k[0, T - 1], v[0, T - 1] = torch.nan, torch.inf
@@ -296,6 +298,6 @@ def test_mistakes_are_found(which, said, order, mistakes):
 if __name__ == "__main__":
     built = load(Path(sys.argv[1]))
     for name in kernels():
-        check(built, name, most=60_000)  # sanitizers are slow, and find at edges what they find
+        check(built, name, most=MOST_SANITIZED.get(name, 60_000))
         print(name)
     print("clean")
