@@ -90,10 +90,10 @@ def main() -> None:
     sources = sorted(ROOT.glob("csrc/*.cu"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = list(pool.map(lambda source: compile_one(nvcc, source), sources))
-    print(f"{'kernel':<38}{'target':<9}{'registers':>9}{'shared':>8}{'spilled':>9}")
+    print(f"{'kernel':<42}{'target':<9}{'registers':>9}{'shared':>8}{'spilled':>9}")
     rows = [row for text in said for row in kernels(text)]
     for kernel, target, registers, shared, spilled in rows:
-        print(f"{kernel:<38}{target:<9}{registers:>9}{shared:>8}{spilled:>9}")
+        print(f"{kernel:<42}{target:<9}{registers:>9}{shared:>8}{spilled:>9}")
     if not rows:
         raise SystemExit(f"{nvcc} says nothing of its kernels")
     guilty = [f"{kernel} for {target}: {spilled}" for kernel, target, _, _, spilled in rows if spilled > MOST_SPILLED]
