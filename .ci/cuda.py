@@ -71,15 +71,17 @@ def kernels(said: str):
 def readable(symbol: str) -> str:
     """``kernel<64, true>`` of a mangled name."""
     names = {"f": "float", "d": "double", "l": "int64_t", "Lb0E": "false", "Lb1E": "true"}
+    names |= {"6__half": "half", "13__nv_bfloat16": "bfloat16"}
     at, parts = symbol.index("N") + 1, []
     while match := re.match(r"\d+", symbol[at:]):
         begin = at + len(match[0])
         at = begin + int(match[0])
         parts.append(symbol[begin:at])
-    arguments = re.match(r"I((?:L[a-z]\d+E|[a-z])+)E", symbol[at:])
+    argument = r"L[a-z]\d+E|6__half|13__nv_bfloat16|[a-z]"
+    arguments = re.match(f"I((?:{argument})+)E", symbol[at:])
     if not arguments:
         return parts[-1]
-    given = re.findall(r"L[a-z]\d+E|[a-z]", arguments[1])
+    given = re.findall(argument, arguments[1])
     return f"{parts[-1]}<{', '.join(names.get(a) or re.sub(r'[^0-9]', '', a) for a in given)}>"
 
 
@@ -88,10 +90,10 @@ def main() -> None:
     sources = sorted(ROOT.glob("csrc/*.cu"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = list(pool.map(lambda source: compile_one(nvcc, source), sources))
-    print(f"{'kernel':<38}{'target':<9}{'registers':>9}{'shared':>8}{'spilled':>9}")
+    print(f"{'kernel':<42}{'target':<9}{'registers':>9}{'shared':>8}{'spilled':>9}")
     rows = [row for text in said for row in kernels(text)]
     for kernel, target, registers, shared, spilled in rows:
-        print(f"{kernel:<38}{target:<9}{registers:>9}{shared:>8}{spilled:>9}")
+        print(f"{kernel:<42}{target:<9}{registers:>9}{shared:>8}{spilled:>9}")
     if not rows:
         raise SystemExit(f"{nvcc} says nothing of its kernels")
     guilty = [f"{kernel} for {target}: {spilled}" for kernel, target, _, _, spilled in rows if spilled > MOST_SPILLED]

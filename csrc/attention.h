@@ -12,12 +12,17 @@ namespace hubert_ecg {
 //   dropout_p of 0; out [B, M, H, D] (written), logsumexp [B, H, M] float32, float64 as q is (written)
 void masked_span_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor queries, Tensor seed, Tensor out,
                                Tensor logsumexp, double dropout_p, double scale);
+void masked_span_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor queries, Tensor seed, Tensor out,
+                                Tensor logsumexp, double dropout_p, double scale, intptr_t stream);
 
 // The gradients of q, k and v from that of `out`; the sums of each are always added in the same order.
 //   grad and out [B, M, H, D] as q; gradients [B, T, 3, H, D] (written); the others as above
 void masked_span_attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,
                                         Tensor spans, Tensor queries, Tensor seed, Tensor gradients, double dropout_p,
                                         double scale);
+void masked_span_attention_backward_cuda(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,
+                                         Tensor spans, Tensor queries, Tensor seed, Tensor gradients, double dropout_p,
+                                         double scale, intptr_t stream);
 
 // A tensor [B, T, H, D] of any strides but that of D, which is 1.
 template <class T>

@@ -54,5 +54,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("kmeans_accumulate_cuda", &hubert_ecg::kmeans_accumulate_cuda, nogil);
   m.def("kmeans_step_cuda", &hubert_ecg::kmeans_step_cuda, nogil);
   m.def("frame_assign_cuda", &hubert_ecg::frame_assign_cuda, nogil);
+  m.def("masked_span_attention_cuda", &hubert_ecg::masked_span_attention_cuda, nogil);
+  m.def("masked_span_attention_backward_cuda", &hubert_ecg::masked_span_attention_backward_cuda, nogil);
 #endif
 }

@@ -148,6 +148,7 @@ def _contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+# Before Triton: its kernels stay the default until those of CUDA have passed on a GPU.
 @_attention.native
 def _(kernel, q, k=None, v=None, spans=None, queries=None, dropout_p=0.0, seed=None, scale=None):
     out, logsumexp = _new_outputs(q, queries)

@@ -46,7 +46,7 @@ def gather_rows(x: Tensor, queries: Tensor | None) -> Tensor:
 def scatter_rows(rows: Tensor, queries: Tensor, num_tokens: int) -> Tensor:
     """[B, T, H, D]: sums of the ``rows`` [B, M, H, D] of each token, as a product: always in the same order."""
     token = torch.arange(num_tokens, device=rows.device)[:, None]
-    return ((token == queries[:, None]).to(rows.dtype) @ rows.flatten(2)).view(-1, num_tokens, *rows.shape[2:])
+    return ((token == queries[:, None]).to(rows.dtype) @ rows.flatten(2)).view(len(rows), num_tokens, *rows.shape[2:])
 
 
 def _scores(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:

@@ -37,6 +37,19 @@ inline float __half2float(__half v) {
   return v.bits >> 15 ? -value : value;
 }
 
+// To the nearest, ties to even; NaN stays NaN.
+inline __half __float2half_rn(float value) {
+  const float size = std::abs(value);
+  const unsigned sign = std::signbit(value) ? 0x8000u : 0;
+  if (size != size) return {0x7fff};
+  if (size >= 65520.0f) return {uint16_t(sign | 0x7c00)};
+  int exponent = -13;
+  if (size >= 0x1p-14f) std::frexp(size, &exponent);
+  // The leading one of a normal number counts as one more of its exponent.
+  const unsigned mantissa = unsigned(std::nearbyint(std::ldexp(size, 11 - exponent)));
+  return {uint16_t(sign | ((unsigned(exponent + 13) << 10) + mantissa))};
+}
+
 namespace nvcuda::wmma {
 
 struct matrix_a {};
@@ -79,6 +92,9 @@ void together(T* mine, const Work& work) {
   b.sync_warp(0xffffffffu);
 }
 
+inline double number(__half x) { return __half2float(x); }
+inline double number(__nv_bfloat16 x) { return __bfloat162float(x); }
+
 inline float toward_zero(double value) {
   const float nearest = float(value);
   return std::abs(double(nearest)) > std::abs(value) ? std::nextafter(nearest, 0.0f) : nearest;
@@ -111,11 +127,10 @@ void store_matrix_sync(T* to, const fragment<accumulator, 16, 16, 16, T>& from, 
   });
 }
 
-// Exact products of bfloat16; sums of eight and what there was are rounded towards zero, as the hardware does at worst.
-template <class LayoutA, class LayoutB>
-void mma_sync(fragment<accumulator, 16, 16, 16, float>& d,
-              const fragment<matrix_a, 16, 16, 16, __nv_bfloat16, LayoutA>& a,
-              const fragment<matrix_b, 16, 16, 16, __nv_bfloat16, LayoutB>& b,
+// Exact products of 16-bit numbers; sums of eight and what there was are rounded towards zero, as the hardware does at worst.
+template <class T, class LayoutA, class LayoutB>
+void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& a,
+              const fragment<matrix_b, 16, 16, 16, T, LayoutB>& b,
               const fragment<accumulator, 16, 16, 16, float>& c) {
   struct Operands {
     decltype(&a) left;
@@ -129,8 +144,8 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& d,
     double left[16][16], right[16][16];
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 8; ++i) {
-        left[a.row(lane, i)][a.column(lane, i)] = __bfloat162float(lanes[lane]->left->x[i]);
-        right[b.column(lane, i)][b.row(lane, i)] = __bfloat162float(lanes[lane]->right->x[i]);
+        left[a.row(lane, i)][a.column(lane, i)] = host::number(lanes[lane]->left->x[i]);
+        right[b.column(lane, i)][b.row(lane, i)] = host::number(lanes[lane]->right->x[i]);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the data side, compiled for the CPU from the same sources and checked against the references.
+"""The CUDA kernels, compiled for the CPU from the same sources and checked against the references.
 
 Every ``csrc/*.cu`` is compiled, and every ``<op>_cuda`` of ``module.cpp`` is run on the samples of its op: a new kernel
 is covered when it exists. As a script, this file checks the module that it is given: so runs the sanitized build.
@@ -20,13 +20,16 @@ import pytest
 import torch
 from torch.utils.dlpack import to_dlpack
 
-from hubert_ecg.ops import OPS, label_reference
+from hubert_ecg.ops import OPS, attention_reference, label_reference
 from hubert_ecg.ops._checked import CUDA_CHECKS
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 ENTRY = re.compile(r'm\.def\("(\w+)_(cpu|cuda)"')
+READS_STRIDES = ("masked_span_attention", "masked_span_attention_backward")
+# Sanitizers are slow, and find at edges what they find; attention takes every pair of tokens.
+MOST_SANITIZED = dict.fromkeys(READS_STRIDES, 2_000)
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +86,7 @@ def runner(module, op: str):
     def kernel(*args):
         for tensor in args:
             if isinstance(tensor, torch.Tensor):
-                assert tensor.is_contiguous()
+                assert tensor.is_contiguous() or op in READS_STRIDES
         entry(*(to_dlpack(a) if isinstance(a, torch.Tensor) else a for a in args), 0)
 
     return lambda *args: allocate_and_run(kernel, *args)
@@ -141,6 +144,12 @@ def more_samples(op: str):
     elif op == "kmeans_accumulate":
         for n, k, d in [(300, 500, 70), (1000, 400, 65), (500, 1, 33)]:
             yield beside(normal(n, d)), torch.randint(0, k, (n,), generator=random), k
+    elif op == "masked_span_attention":
+        yield from attention_samples(normal)
+    elif op == "masked_span_attention_backward":
+        for q, k, v, *how in attention_samples(normal):
+            out, logsumexp = attention_reference.masked_span_attention(q, k, v, *how)
+            yield normal(*out.shape), q, k, v, out, logsumexp, *how
     elif op == "frame_assign":
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             how = (9, 23, 64, [12, 11], 100.0, 0.5, 50.0, True)
@@ -154,6 +163,24 @@ def more_samples(op: str):
                     feature_type,
                     *how,
                 )
+
+
+def attention_samples(normal):
+    """Tile edges, the most tokens and numbers, rows of one token in several tiles; odd strides and addresses."""
+    seed, row = torch.tensor(2**40 + 7), torch.arange(53)
+    for T, D in [(16, 16), (17, 65), (12, 129), (48, 40), (128, 128)]:
+        spans = torch.tensor([[[0, T // 3], [T // 2, T - 1]]])
+        q, k, v = normal(1, T, 3, 1, D).unbind(2)
+        k[0, T - 1], v[0, T - 1] = torch.nan, torch.inf
+        if T < 128:
+            yield q, k, v, spans, None, 0.2, seed, None
+        yield q, k, v, spans, (row * 7 % (T + 2) - 1)[None] // 2, 0.0, None, None
+    packed = normal(2, 20, 3, 2, 72)
+    yield packed[:, 2:, :, :, 8:], None, None, None, None, 0.0, None, None
+    yield packed[:, 2:, :, :, 1:65], None, None, torch.zeros(2, 0, 2, dtype=torch.int64), None, 0.1, seed, None
+    q, k, v = (x.transpose(1, 2) for x in normal(3, 2, 2, 19, 32))
+    yield q, k, v, None, torch.tensor([[5], [-1]]), 0.0, None, -2.0
+    yield normal(1, 0, 3, 2, 8), None, None, None, torch.tensor([[0, 1]]), 0.0, None, None
 
 
 def check(module, op: str, most: int | None = None) -> int:
@@ -201,7 +228,7 @@ def test_what_is_checked_here_is_said():
     assert {op for op, how in CUDA_CHECKS.items() if "host build" in how} == set(kernels())
 
 
-@pytest.mark.parametrize("op", ["kmeans_accumulate", "kmeans_step"])
+@pytest.mark.parametrize("op", ["kmeans_accumulate", "kmeans_step", "masked_span_attention_backward"])
 def test_sums_are_the_same_bits_in_any_order(op, host_module, monkeypatch):
     run = runner(host_module, op)
     for sample in (*OPS[op].samples(), *more_samples(op)):
@@ -271,6 +298,6 @@ def test_mistakes_are_found(which, said, order, mistakes):
 if __name__ == "__main__":
     built = load(Path(sys.argv[1]))
     for name in kernels():
-        check(built, name, most=60_000)  # sanitizers are slow, and find at edges what they find
+        check(built, name, most=MOST_SANITIZED.get(name, 60_000))
         print(name)
     print("clean")
