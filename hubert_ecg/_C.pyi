@@ -99,4 +99,5 @@ def conv_norm_gelu_backward_cpu(
     grad: Any, x: Any, taps: Any, offset: Any, sums: Any, windows: Any, stride: int
 ) -> None: ...
 
-# Where the module was built with CUDA, each has a twin, <op>_cuda, whose last argument is the stream's handle.
+# Where the module was built with CUDA, those with a csrc/<stem>.cu have a twin, <op>_cuda, whose last argument is the
+# stream's handle.
