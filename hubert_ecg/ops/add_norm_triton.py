@@ -43,7 +43,7 @@ def _add_norm_forward_kernel(
 @triton.jit
 def _add_norm_backward_kernel(
     grad_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, to_x_ptr, to_residual_ptr, sums_ptr,
-    rows, D, threshold, scale, per_program,
+    rows, D, end, threshold, scale, per_program,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
@@ -51,12 +51,13 @@ def _add_norm_backward_kernel(
     to_weight, to_bias = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
     for i in range(per_program):
         row = program.to(tl.int64) * per_program + i
-        at, inside = row * D + column, (column < D) & (row < rows)
+        at = row * D + column
+        inside = (column < D) & (at < end)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(WIDE)
         x = _kept(x, row, column, D, seed_ptr, threshold, scale, DROPOUT)
         total = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(WIDE)
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        known = tl.minimum(row, rows - 1)
+        mean, rstd = tl.load(mean_ptr + known), tl.load(rstd_ptr + known)
         normed = tl.where(inside, (total - mean) * rstd, 0.0)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(WIDE)
         to_weight += grad * normed
@@ -104,7 +105,7 @@ def add_norm_backward(
     programs = triton.cdiv(rows, per_program)
     sums = residual.new_empty(programs, 2, D, dtype=torch.promote_types(residual.dtype, torch.float32))
     _add_norm_backward_kernel[(programs,)](
-        grad, x, residual, weight, mean, rstd, seed, to_x, to_residual, sums, rows, D,
+        grad, x, residual, weight, mean, rstd, seed, to_x, to_residual, sums, rows, D, rows * D,
         per_program=per_program, **_options(residual, dropout_p),
     )  # fmt: skip
     to_weight, to_bias = sums.sum(0).to(weight.dtype)

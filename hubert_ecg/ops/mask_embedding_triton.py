@@ -27,16 +27,17 @@ def _mask_embedding_forward_kernel(
 
 @triton.jit
 def _mask_embedding_backward_kernel(
-    grad_ptr, masked_ptr, to_x_ptr, sums_ptr, rows, D,
+    grad_ptr, masked_ptr, to_x_ptr, sums_ptr, rows, D, end,
     WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     to_bias, to_embedding = tl.zeros([COLUMNS], WIDE), tl.zeros([COLUMNS], WIDE)
     for i in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
-        inside, at = (column < D) & (row < rows), row * D + column
+        at = row * D + column
+        inside = (column < D) & (at < end)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(WIDE)
-        masked = tl.load(masked_ptr + row, mask=row < rows, other=0) != 0
+        masked = tl.load(masked_ptr + tl.minimum(row, rows - 1)) != 0
         to_x = tl.where(masked, 0.0, grad)
         to_bias += to_x
         to_embedding += tl.where(masked, grad, 0.0)
@@ -62,6 +63,6 @@ def mask_embedding_backward(grad: Tensor, masked: Tensor, to_x: Tensor) -> Tenso
     blocks = triton.cdiv(rows, _ROWS)
     sums = grad.new_empty(blocks, 2, D, dtype=torch.promote_types(grad.dtype, torch.float32))
     _mask_embedding_backward_kernel[blocks, triton.cdiv(D, _COLUMNS)](
-        grad, masked.view(torch.uint8), to_x, sums, rows, D, WIDE=_wide(grad), ROWS=_ROWS, COLUMNS=_COLUMNS
+        grad, masked.view(torch.uint8), to_x, sums, rows, D, rows * D, WIDE=_wide(grad), ROWS=_ROWS, COLUMNS=_COLUMNS
     )
     return sums.sum(0)
