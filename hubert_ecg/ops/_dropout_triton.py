@@ -1,9 +1,11 @@
-"""Dropout's random bits in Triton; see ``_dropout.py``."""
+"""Dropout in Triton; see ``_dropout.py``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from hubert_ecg.ops import _dropout
 
 
 @triton.jit
@@ -27,3 +29,17 @@ def bits(k0, k1, index):
     index = index.to(tl.uint64)
     high = (index >> 32).to(tl.uint32) * 0x9E3779B9
     return mix(mix((index & 0xFFFFFFFF).to(tl.uint32) ^ k0) + (k1 ^ high))
+
+
+@triton.jit
+def kept(x, index, seed_ptr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
+    """``x``, whose elements have the flat indices ``index``, after dropout."""
+    if THRESHOLD > 0:
+        k0, k1 = keys(seed_ptr)
+        x = tl.where(bits(k0, k1, index) >= THRESHOLD, x * SCALE, 0.0)
+    return x
+
+
+def dropout_options(dropout_p: float) -> dict[str, float]:
+    """Constants of a kernel: as arguments, Triton would round them to float32."""
+    return {"THRESHOLD": _dropout.threshold(dropout_p), "SCALE": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0}

@@ -7,32 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hubert_ecg.ops import _dropout
-from hubert_ecg.ops._dropout_triton import bits, keys
-
-
-@triton.jit
-def _kept(x, row, column, D, seed_ptr, threshold, scale, DROPOUT: tl.constexpr):
-    if DROPOUT:
-        k0, k1 = keys(seed_ptr)
-        keep = bits(k0, k1, row.to(tl.int64) * D + column) >= threshold.to(tl.uint32)
-        x = tl.where(keep, x * scale, 0.0)
-    return x
+from hubert_ecg.ops._dropout_triton import dropout_options, kept
 
 
 @triton.jit
 def _add_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, D, eps, threshold, scale,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, D,
+    EPS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     at, inside = row.to(tl.int64) * D + column, column < D
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(WIDE)
-    x = _kept(x, row, column, D, seed_ptr, threshold, scale, DROPOUT)
+    x = kept(x, at, seed_ptr, THRESHOLD, SCALE)
     total = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(WIDE)
     mean = tl.sum(total, 0) / D
     centred = tl.where(inside, total - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(WIDE)
     bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(WIDE)
     tl.store(y_ptr + at, centred * rstd * weight + bias, mask=inside)
@@ -43,8 +33,8 @@ def _add_norm_forward_kernel(
 @triton.jit
 def _add_norm_backward_kernel(
     grad_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, to_x_ptr, to_residual_ptr, sums_ptr,
-    rows, D, end, threshold, scale, per_program,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    rows, D, end, per_program,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(WIDE)
@@ -54,7 +44,7 @@ def _add_norm_backward_kernel(
         at = row * D + column
         inside = (column < D) & (at < end)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(WIDE)
-        x = _kept(x, row, column, D, seed_ptr, threshold, scale, DROPOUT)
+        x = kept(x, at, seed_ptr, THRESHOLD, SCALE)
         total = x + tl.load(residual_ptr + at, mask=inside, other=0.0).to(WIDE)
         known = tl.minimum(row, rows - 1)
         mean, rstd = tl.load(mean_ptr + known), tl.load(rstd_ptr + known)
@@ -65,8 +55,7 @@ def _add_norm_backward_kernel(
         along = grad * weight
         to_total = (along - tl.sum(along, 0) / D - normed * (tl.sum(along * normed, 0) / D)) * rstd
         tl.store(to_residual_ptr + at, to_total, mask=inside)
-        kept = _kept(to_total, row, column, D, seed_ptr, threshold, scale, DROPOUT)
-        tl.store(to_x_ptr + at, kept, mask=inside)
+        tl.store(to_x_ptr + at, kept(to_total, at, seed_ptr, THRESHOLD, SCALE), mask=inside)
     tl.store(sums_ptr + program * 2 * D + column, to_weight, mask=column < D)
     tl.store(sums_ptr + (program * 2 + 1) * D + column, to_bias, mask=column < D)
 
@@ -74,12 +63,10 @@ def _add_norm_backward_kernel(
 def _options(residual: Tensor, dropout_p: float) -> dict[str, object]:
     block = triton.next_power_of_2(residual.shape[-1])
     return {
-        "threshold": _dropout.threshold(dropout_p),
-        "scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        "DROPOUT": dropout_p > 0,
         "WIDE": tl.float64 if residual.dtype == torch.float64 else tl.float32,
         "BLOCK": block,
         "num_warps": min(16, max(1, block // 256)),
+        **dropout_options(dropout_p),
     }
 
 
@@ -89,7 +76,7 @@ def add_norm(
 ) -> None:  # fmt: skip
     rows, D = mean.numel(), x.shape[-1]
     _add_norm_forward_kernel[(rows,)](
-        x, residual, weight, bias, seed, y, mean, rstd, D, eps, **_options(residual, dropout_p)
+        x, residual, weight, bias, seed, y, mean, rstd, D, EPS=eps, **_options(residual, dropout_p)
     )  # fmt: skip
 
 

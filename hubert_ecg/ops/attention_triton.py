@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hubert_ecg.ops import _dropout
-from hubert_ecg.ops._dropout_triton import bits, keys
+from hubert_ecg.ops._dropout_triton import dropout_options, kept
 from hubert_ecg.ops.attention_reference import scatter_rows
 
 
@@ -61,34 +60,30 @@ def _product(a, b):
 
 
 @triton.jit
-def _dropped(x, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT: tl.constexpr):
+def _dropped(x, head, m, token, M, T, seed_ptr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
     """What dropout makes of the weights [m, token] of a head."""
-    if DROPOUT:
-        k0, k1 = keys(seed_ptr)
-        index = (head * M + m)[:, None] * T + token[None, :]
-        x = tl.where(bits(k0, k1, index) >= threshold.to(tl.uint32), x * kept_scale, 0.0)
-    return x
+    return kept(x, (head * M + m)[:, None] * T + token[None, :], seed_ptr, THRESHOLD, SCALE)
 
 
 @triton.jit
 def _differentiate(
-    q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, threshold, kept_scale,
-    DROPOUT: tl.constexpr,
+    q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: the weights as dropout leaves them, and the gradients of the scores before their scale."""
     weights = tl.exp(_product(q, tl.trans(k)) * scale - logsumexp[:, None])
     weights = tl.where(valid[None, :], weights, 0.0)
-    dropped = _dropped(weights, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT)
+    dropped = _dropped(weights, head, m, token, M, T, seed_ptr, THRESHOLD, SCALE)
     of_weights = _product(grad, tl.trans(v))
-    of_weights = _dropped(of_weights, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT)
+    of_weights = _dropped(of_weights, head, m, token, M, T, seed_ptr, THRESHOLD, SCALE)
     return dropped.to(q.dtype), (weights * (of_weights - mean[:, None])).to(q.dtype)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def _masked_span_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, spans_ptr, queries_ptr, seed_ptr, out_ptr, logsumexp_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, H, T, M, D, num_spans, scale, threshold, kept_scale,
-    SPANS: tl.constexpr, QUERIES: tl.constexpr, DROPOUT: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, H, T, M, D, num_spans, scale,
+    SPANS: tl.constexpr, QUERIES: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -109,7 +104,7 @@ def _masked_span_attention_forward_kernel(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weights, shrink = tl.exp(scores - base[:, None]), tl.exp(high - base)
         total = total * shrink + tl.sum(weights, 1)
-        weights = _dropped(weights, head, m, token, M, T, seed_ptr, threshold, kept_scale, DROPOUT)
+        weights = _dropped(weights, head, m, token, M, T, seed_ptr, THRESHOLD, SCALE)
         sums = sums * shrink[:, None] + _product(weights.to(v.dtype), v)
         high = higher
     out = tl.where(real[:, None], sums / total[:, None], 0.0)
@@ -118,12 +113,12 @@ def _masked_span_attention_forward_kernel(
     tl.store(logsumexp_ptr + head * M + m, logsumexp, mask=m < M)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def _masked_span_attention_backward_keys_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, mean_ptr, logsumexp_ptr, spans_ptr, queries_ptr, seed_ptr, gradients_ptr,
     g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    H, T, M, D, num_spans, scale, threshold, kept_scale,
-    SPANS: tl.constexpr, QUERIES: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    H, T, M, D, num_spans, scale,
+    SPANS: tl.constexpr, QUERIES: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values; where all rows and keys are one tile (WHOLE), of the queries too."""
@@ -143,7 +138,7 @@ def _masked_span_attention_backward_keys_kernel(
         logsumexp = tl.load(logsumexp_ptr + head * M + m, mask=m < M, other=float("inf"))
         mean = tl.load(mean_ptr + head * M + m, mask=m < M, other=0.0)
         weights, of_scores = _differentiate(
-            q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, threshold, kept_scale, DROPOUT
+            q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, THRESHOLD, SCALE
         )  # fmt: skip
         of_v += _product(tl.trans(weights), grad)
         of_k += _product(tl.trans(of_scores), q)
@@ -159,12 +154,12 @@ def _masked_span_attention_backward_keys_kernel(
     _store(of_q_ptr + 2 * H * D, token, 3 * H * D, d, D, token < T, of_v)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def _masked_span_attention_backward_queries_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, mean_ptr, logsumexp_ptr, spans_ptr, queries_ptr, seed_ptr, of_q_ptr,
     g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    H, T, M, D, num_spans, scale, threshold, kept_scale, of_q_b, of_q_t,
-    SPANS: tl.constexpr, QUERIES: tl.constexpr, DROPOUT: tl.constexpr,
+    H, T, M, D, num_spans, scale, of_q_b, of_q_t,
+    SPANS: tl.constexpr, QUERIES: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of rows of q."""
@@ -183,16 +178,15 @@ def _masked_span_attention_backward_queries_kernel(
         k = _load(k_ptr + b * k_b + h * k_h, token, k_t, d, D, valid)
         v = _load(v_ptr + b * v_b + h * v_h, token, v_t, d, D, valid)
         _, of_scores = _differentiate(
-            q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, threshold, kept_scale, DROPOUT
+            q, k, v, grad, logsumexp, mean, valid, head, m, token, M, T, seed_ptr, scale, THRESHOLD, SCALE
         )  # fmt: skip
         of_q += _product(of_scores, k)
     _store(of_q_ptr + b * of_q_b + h * D, m, of_q_t, d, D, m < M, of_q * scale)
 
 
-def _sizes(q: Tensor, M: int, spans: Tensor | None, dropout_p: float, scale: float) -> tuple[Any, ...]:
-    kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+def _sizes(q: Tensor, M: int, spans: Tensor | None, scale: float) -> tuple[Any, ...]:
     num_spans = 0 if spans is None else spans.shape[1]
-    return q.shape[2], q.shape[1], M, q.shape[3], num_spans, scale, _dropout.threshold(dropout_p), kept_scale
+    return q.shape[2], q.shape[1], M, q.shape[3], num_spans, scale
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -210,12 +204,12 @@ def _options(q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dr
     return {
         "SPANS": spans is not None,
         "QUERIES": queries is not None,
-        "DROPOUT": dropout_p > 0,
         "BLOCK_M": rows,
         "BLOCK_N": tokens,
         "BLOCK_D": D,
         "num_warps": 8 if max(rows, tokens) == 128 else 4,
         "num_stages": 1 if tokens >= q.shape[1] else 2,
+        **dropout_options(dropout_p),
     }
 
 
@@ -226,7 +220,7 @@ def masked_span_attention(
     B, M, H, _ = out.shape
     options = _options(q, M, spans, queries, dropout_p)
     _masked_span_attention_forward_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
-        q, k, v, spans, queries, seed, out, logsumexp, *_strides(q, k, v), *_sizes(q, M, spans, dropout_p, scale),
+        q, k, v, spans, queries, seed, out, logsumexp, *_strides(q, k, v), *_sizes(q, M, spans, scale),
         **options,
     )  # fmt: skip
 
@@ -242,7 +236,7 @@ def masked_span_attention_backward(
     options = _options(q, M, spans, queries, dropout_p)
     whole = options["BLOCK_N"] >= T and options["BLOCK_M"] >= M
     given = grad, q, k, v, mean, logsumexp, spans, queries, seed
-    numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, dropout_p, scale)
+    numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, scale)
     _masked_span_attention_backward_keys_kernel[(B * H, triton.cdiv(T, options["BLOCK_N"]))](
         *given, gradients, *numbers, WHOLE=whole, **options
     )

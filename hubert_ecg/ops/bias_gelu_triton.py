@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hubert_ecg.ops import _dropout
-from hubert_ecg.ops._dropout_triton import bits, keys
+from hubert_ecg.ops._dropout_triton import dropout_options, kept
 
-_COLUMNS = 256
-_ROWS = 64
+# A tile, and how many of them a program of the backward sums.
+_ROWS, _COLUMNS, _TILES = 4, 256, 16
 
 
 @triton.jit
@@ -22,29 +21,21 @@ def _tile(D, rows, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _kept(x, at, seed_ptr, threshold, scale, DROPOUT: tl.constexpr):
-    if DROPOUT:
-        k0, k1 = keys(seed_ptr)
-        x = tl.where(bits(k0, k1, at) >= threshold.to(tl.uint32), x * scale, 0.0)
-    return x
-
-
-@triton.jit
 def _bias_gelu_forward_kernel(
-    x_ptr, bias_ptr, seed_ptr, y_ptr, rows, D, threshold, scale,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, bias_ptr, seed_ptr, y_ptr, rows, D,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     at, inside, column = _tile(D, rows, tl.program_id(0) * ROWS, ROWS, COLUMNS)
     a = tl.load(x_ptr + at, mask=inside, other=0.0).to(WIDE)
     a += tl.load(bias_ptr + column, mask=column < D, other=0.0).to(WIDE)
     y = a * 0.5 * (1 + tl.erf(a * 0.7071067811865476))
-    tl.store(y_ptr + at, _kept(y, at, seed_ptr, threshold, scale, DROPOUT), mask=inside)
+    tl.store(y_ptr + at, kept(y, at, seed_ptr, THRESHOLD, SCALE), mask=inside)
 
 
 @triton.jit
 def _bias_gelu_backward_kernel(
-    grad_ptr, x_ptr, bias_ptr, seed_ptr, to_x_ptr, sums_ptr, rows, D, threshold, scale, tiles,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_ptr, x_ptr, bias_ptr, seed_ptr, to_x_ptr, sums_ptr, rows, D, tiles,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(WIDE)[None, :]
@@ -53,7 +44,7 @@ def _bias_gelu_backward_kernel(
         at, inside, _ = _tile(D, rows, (tl.program_id(0) * tiles + i) * ROWS, ROWS, COLUMNS)
         a = tl.load(x_ptr + at, mask=inside, other=0.0).to(WIDE) + bias
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(WIDE)
-        grad = _kept(grad, at, seed_ptr, threshold, scale, DROPOUT)
+        grad = kept(grad, at, seed_ptr, THRESHOLD, SCALE)
         slope = 0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
         to_x = grad * slope
         tl.store(to_x_ptr + at, to_x, mask=inside)
@@ -61,22 +52,20 @@ def _bias_gelu_backward_kernel(
     tl.store(sums_ptr + tl.program_id(0) * D + column, to_bias, mask=column < D)
 
 
-def _options(x: Tensor, dropout_p: float, rows_in_tile: int) -> dict[str, object]:
+def _options(x: Tensor, dropout_p: float) -> dict[str, object]:
     return {
-        "threshold": _dropout.threshold(dropout_p),
-        "scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        "DROPOUT": dropout_p > 0,
         "WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "ROWS": rows_in_tile,
+        "ROWS": _ROWS,
         "COLUMNS": _COLUMNS,
+        **dropout_options(dropout_p),
     }
 
 
 def bias_gelu(x: Tensor, bias: Tensor, dropout_p: float, seed: Tensor | None, y: Tensor) -> None:
     D = x.shape[-1]
     rows = x.numel() // D
-    grid = triton.cdiv(rows, 4), triton.cdiv(D, _COLUMNS)
-    _bias_gelu_forward_kernel[grid](x, bias, seed, y, rows, D, **_options(x, dropout_p, 4))
+    grid = triton.cdiv(rows, _ROWS), triton.cdiv(D, _COLUMNS)
+    _bias_gelu_forward_kernel[grid](x, bias, seed, y, rows, D, **_options(x, dropout_p))
 
 
 def bias_gelu_backward(
@@ -85,9 +74,9 @@ def bias_gelu_backward(
     """Writes the gradient of x, returns that of the bias: sums of row blocks, added in a fixed order."""
     D = x.shape[-1]
     rows = x.numel() // D
-    blocks = triton.cdiv(rows, _ROWS)
+    blocks = triton.cdiv(rows, _TILES * _ROWS)
     sums = x.new_empty(blocks, D, dtype=torch.promote_types(x.dtype, torch.float32))
     _bias_gelu_backward_kernel[blocks, triton.cdiv(D, _COLUMNS)](
-        grad, x, bias, seed, to_x, sums, rows, D, tiles=_ROWS // 4, **_options(x, dropout_p, 4)
+        grad, x, bias, seed, to_x, sums, rows, D, tiles=_TILES, **_options(x, dropout_p)
     )
     return sums.sum(0)
