@@ -168,6 +168,13 @@ class HubertECGConfig:
                 "HubertECGConfig: conv_dim, conv_kernel and conv_stride must be of one length, got "
                 f"{self.conv_dim}, {self.conv_kernel} and {self.conv_stride}"
             )
+        if min(*self.conv_dim, *self.conv_stride) < 1 or any(
+            kernel < stride for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True)
+        ):
+            raise ValueError(
+                "HubertECGConfig: conv_dim and conv_stride must be positive, and no conv_kernel below its conv_stride, "
+                f"got {self.conv_dim}, {self.conv_stride} and {self.conv_kernel}"
+            )
         for name, divisor in (
             ("num_attention_heads", self.num_attention_heads),
             ("num_conv_pos_embedding_groups", self.num_conv_pos_embedding_groups),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hubert_ecg.ops import _dropout
 from hubert_ecg.ops import add_norm_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, check_real, describe, takes_arrays
 from hubert_ecg.ops._rows import as_rows, wide
 
 _add_norm = Op(
@@ -63,8 +63,9 @@ def add_norm(
             want = f"floating point [{x.shape[-1]}]"
             raise ValueError(f"add_norm: {name} must be {want}, got {describe(parameter)}")
     check_device("add_norm", x, residual=residual, weight=weight, bias=bias)
-    if not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ValueError(f"add_norm: eps must be a number from 0 on, got {eps}")
+    check_real("add_norm: eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"add_norm: eps must be at least 0, got {eps}")
     seed = _dropout.check("add_norm", dropout_p, seed, x.device)
     return _add_norm.call(x, residual, weight, bias, eps, dropout_p, seed)[0]
 

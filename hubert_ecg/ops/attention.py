@@ -6,7 +6,7 @@ import torch
 
 from hubert_ecg.ops import _dropout
 from hubert_ecg.ops import attention_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, check_real, describe, takes_arrays
 
 _HOW = "Tensor? spans=None, Tensor? queries=None, float dropout_p=0.0, Tensor? seed=None, float? scale=None"
 _attention = Op(
@@ -77,6 +77,8 @@ def masked_span_attention(
     if queries is not None and (queries.dtype != torch.int64 or queries.ndim != 2 or queries.shape[0] != B):
         raise ValueError(f"{op}: queries must be int64 [{B}, M], got {describe(queries)}")
     check_device("masked_span_attention", q, k=k, v=v, spans=spans, queries=queries)
+    if scale is not None:
+        check_real(f"{op}: scale", scale)
     seed = _dropout.check(op, dropout_p, seed, q.device)
     return _attention.call(q, k, v, spans, queries, dropout_p, seed, scale)[0]
 

@@ -192,4 +192,5 @@ def masked_span_attention_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, x, x, None, rows[:1]), rf"{op}: queries must be int64 \[2, M\], got int64\[1, 4\]"
     yield (x, x, x, None, None, 1.5), rf"{op}: dropout_p must be from 0 to 1, got 1\.5"
     yield (x, x, x, None, None, 0.1, rows), rf"{op}: seed must be "
+    yield (x, x, x, None, None, 0.1, 1, "a"), rf"{op}: scale must be a number, got 'a'"
     yield ([[1.0]],), rf"{op}: q must be a NumPy, CuPy or torch array, got list"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import codebook_loss_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, check_real, describe, takes_arrays, to_tensor
 from hubert_ecg.ops.codebook_loss_reference import EPSILON, IGNORED, row_loss
 
 _cross_entropy = Op(
@@ -27,15 +27,16 @@ _backward = Op(
 _CHUNK = 1 << 19
 
 
+@takes_arrays("x", "labels", "mask_indices")
 def codebook_loss(
-    x: Tensor,
-    projection: Tensor | Sequence[Tensor],
-    codebook: Tensor | Sequence[Tensor],
-    labels: Tensor,
-    mask_indices: Tensor | None = None,
+    x: Array,
+    projection: Array | Sequence[Array],
+    codebook: Array | Sequence[Array],
+    labels: Array,
+    mask_indices: Array | None = None,
     temperature: float = 0.1,
-    bias: Tensor | Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    bias: Array | Sequence[Array | None] | None = None,
+) -> tuple[Array, Array]:
     """Loss and accuracy of predicting the clusters of masked tokens.
 
     The masked rows of ``x`` are projected, ``p = x W^T + b``, and compared with the entries of the codebook,
@@ -59,7 +60,7 @@ def codebook_loss(
         mask_indices: [B, M] int64, the tokens that count, as :func:`span_mask` draws them; one that is there twice
             counts twice. Default: all tokens.
         temperature: what cosines are divided by.
-        bias: b, [P], or E of them; default: none.
+        bias: b, [P], or E of them (None among them, too); default: none.
 
     Returns:
         The loss and the share of the tokens whose label is the nearest entry, [] float32 (float64 where ``x`` is);
@@ -69,12 +70,16 @@ def codebook_loss(
         ValueError: a wrong shape, dtype or device, named with what was given; on a CPU, a label that no codebook entry
             has. (On CUDA the loss is then NaN: a look would make the host wait.)
     """
-    if isinstance(projection, Tensor):
+    if not isinstance(projection, Sequence):
         _check_tokens(x, labels)
-        projection, labels = [projection], labels[None]
-    codebooks = [codebook] if isinstance(codebook, Tensor) else codebook
-    biases = [bias] * len(projection) if bias is None or isinstance(bias, Tensor) else bias
-    _check_ensemble(x, projection, codebooks, biases, labels, mask_indices)
+        labels = labels[None]
+    projections, codebooks = _listed("projection", projection), _listed("codebook", codebook)
+    biases: list[Tensor | None] = [None] * len(projections)
+    if isinstance(bias, Sequence):
+        biases = [None if shift is None else _tensor("bias", shift) for shift in bias]
+    elif bias is not None:
+        biases = [_tensor("bias", bias)] * len(projections)
+    _check_ensemble(x, projections, codebooks, biases, labels, mask_indices)
     rows, targets = x.flatten(0, 1), labels.flatten(1)
     if mask_indices is not None:
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and mask_indices.numel():
@@ -86,7 +91,7 @@ def codebook_loss(
         place = (mask_indices + place).flatten()
         rows, targets = rows.index_select(0, place), targets.index_select(1, place)
     losses, shares = [], []
-    for weight, shift, entries, target in zip(projection, biases, codebooks, targets, strict=True):
+    for weight, shift, entries, target in zip(projections, biases, codebooks, targets, strict=True):
         loss, _, predicted = codebook_cross_entropy(F.linear(rows, weight, shift), entries, target, temperature)
         count = (target != IGNORED).sum().clamp_min(1)
         losses.append(loss.sum() / count)
@@ -129,6 +134,7 @@ def codebook_cross_entropy(
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise ValueError(f"{op}: labels must be int64 [{len(x)}], got {describe(labels)}")
     check_device(op, x, codebook=codebook, labels=labels)
+    check_real(f"{op}: temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -139,6 +145,14 @@ def codebook_cross_entropy(
     wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return _cross_entropy.call(x.to(wide), codebook.to(wide), labels, temperature)
+
+
+def _listed(name: str, given: Array | Sequence[Array]) -> list[Tensor]:
+    return [_tensor(name, array) for array in (given if isinstance(given, Sequence) else [given])]
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    return array if isinstance(array, Tensor) else to_tensor(array, f"codebook_loss: {name}")
 
 
 def _check_tokens(x: Tensor, labels: Tensor, *ensemble: int) -> None:
@@ -164,12 +178,12 @@ def _check_ensemble(
             f"got {len(projections)}, {len(codebooks)} and {len(biases)}"
         )
     for weight, entries, shift in zip(projections, codebooks, biases, strict=True):
-        if weight.ndim != 2 or weight.shape[1] != x.shape[2]:
-            raise ValueError(f"{op}: projection must be [P, {x.shape[2]}], got {describe(weight)}")
-        if entries.ndim != 2 or entries.shape[1] != len(weight):
-            raise ValueError(f"{op}: codebook must be [K, {len(weight)}], got {describe(entries)}")
-        if shift is not None and shift.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: bias must be [{len(weight)}], got {describe(shift)}")
+        if weight.ndim != 2 or weight.shape[1] != x.shape[2] or not weight.is_floating_point():
+            raise ValueError(f"{op}: projection must be floating point [P, {x.shape[2]}], got {describe(weight)}")
+        if entries.ndim != 2 or entries.shape[1] != len(weight) or not entries.is_floating_point():
+            raise ValueError(f"{op}: codebook must be floating point [K, {len(weight)}], got {describe(entries)}")
+        if shift is not None and (shift.shape != weight.shape[:1] or not shift.is_floating_point()):
+            raise ValueError(f"{op}: bias must be floating point [{len(weight)}], got {describe(shift)}")
         check_device(op, x, projection=weight, codebook=entries, bias=shift)
     _check_tokens(x, labels, len(projections))
     check_device(op, x, mask_indices=mask_indices)

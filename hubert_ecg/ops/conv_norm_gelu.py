@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import conv_norm_gelu_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, check_real, check_whole, describe, takes_arrays
 
 # Channels of one step of the kernels in csrc/conv_norm_gelu.h.
 _CHANNELS = 64
@@ -99,6 +99,7 @@ def _check(
         raise ValueError(f"conv_norm_gelu: x must be at least {kernel} samples long, got {describe(x)}")
     _check_tensor("norm_weight", norm_weight, x, (channels,))
     _check_tensor("norm_bias", norm_bias, x, (channels,))
+    check_whole("conv_norm_gelu: stride", stride)
     if stride < 1:
         raise ValueError(f"conv_norm_gelu: stride must be at least 1, got {stride}")
     frames = (x.shape[1] - kernel) // stride + 1
@@ -106,6 +107,7 @@ def _check(
         if valid.dtype != torch.bool or valid.shape != (len(x), frames):
             raise ValueError(f"conv_norm_gelu: valid must be bool [{len(x)}, {frames}], got {describe(valid)}")
         check_device("conv_norm_gelu", x, valid=valid)
+    check_real("conv_norm_gelu: eps", eps)
     if not eps >= 0:
         raise ValueError(f"conv_norm_gelu: eps must be at least 0, got {eps}")
 

@@ -139,6 +139,8 @@ def conv_norm_gelu_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, weight, norm[:2], norm, 2), rf"{op}: norm_weight must be floating point \[3\], got float32\[2\]"
     yield (x, weight, norm, norm[:1], 2), rf"{op}: norm_bias must be floating point \[3\], got float32\[1\]"
     yield (x, weight, norm, norm, 0), rf"{op}: stride must be at least 1, got 0"
+    yield (x, weight, norm, norm, 1.5), rf"{op}: stride must be a whole number, got 1\.5"
+    yield (x, weight, norm, norm, 2, None, "a"), rf"{op}: eps must be a number, got 'a'"
     yield (x, weight, norm, norm, 2, x > 0), rf"{op}: valid must be bool \[2, 8\], got bool\[2, 20\]"
     yield (x, weight, norm, norm, 2, x[:, :8]), rf"{op}: valid must be bool \[2, 8\], got float32\[2, 8\]"
     yield (x, weight, norm, norm, 2, None, -1.0), rf"{op}: eps must be at least 0, got -1.0"

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_ecg.ops._op import check_device, describe
+from hubert_ecg.ops._op import Array, check_device, check_whole, describe, takes_arrays
 
 
-def positional_conv(x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: bool = True) -> Tensor:
+@takes_arrays("x", "weight", "bias")
+def positional_conv(x: Array, weight: Array, bias: Array, groups: int, residual: bool = True) -> Array:
     """``x + gelu(conv(x))``, in each group of channels ``conv(x)[t] = bias + sum_j weight[:, :, j] x[t + j - k // 2]``.
 
     What is before the first token and after the last is zero. Plain differentiable PyTorch, in one of two forms:
@@ -39,13 +40,15 @@ def positional_conv(x: Tensor, weight: Tensor, bias: Tensor, groups: int, residu
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"positional_conv: x must be floating point [B, T, D], got {describe(x)}")
     width = x.shape[2]
+    check_whole("positional_conv: groups", groups)
     if groups < 1 or width % groups:
         raise ValueError(f"positional_conv: groups must divide {width}, got {groups}")
-    if weight.ndim != 3 or weight.shape[:2] != (width, width // groups) or not weight.shape[2]:
-        want = f"[{width}, {width // groups}, k]"
+    fits = weight.ndim == 3 and weight.shape[:2] == (width, width // groups) and weight.shape[2]
+    if not fits or not weight.is_floating_point():
+        want = f"floating point [{width}, {width // groups}, k]"
         raise ValueError(f"positional_conv: weight must be {want}, got {describe(weight)}")
-    if bias.shape != (width,):
-        raise ValueError(f"positional_conv: bias must be [{width}], got {describe(bias)}")
+    if bias.shape != (width,) or not bias.is_floating_point():
+        raise ValueError(f"positional_conv: bias must be floating point [{width}], got {describe(bias)}")
     check_device("positional_conv", x, weight=weight, bias=bias)
     y = F.gelu((_by_fourier if _fourier_pays(x, weight) else _direct)(x, weight, bias)).to(x.dtype)
     return x + y if residual else y

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import strided_conv_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, check_device, check_whole, describe, takes_arrays
 
 _op = Op(
     "strided_conv(Tensor x, Tensor weight, int stride, Tensor? bias=None) -> Tensor",
@@ -58,6 +58,7 @@ def strided_conv(x: Array, weight: Array, stride: int, bias: Array | None = None
         raise ValueError(f"strided_conv: weight must be of the dtype of x ({x.dtype}), got {describe(weight)}")
     if x.shape[1] < weight.shape[2]:
         raise ValueError(f"strided_conv: x must be at least {weight.shape[2]} samples long, got {describe(x)}")
+    check_whole("strided_conv: stride", stride)
     if stride < 1:
         raise ValueError(f"strided_conv: stride must be at least 1, got {stride}")
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):

@@ -74,4 +74,5 @@ def strided_conv_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x, weight.to("meta"), 2), rf"{op}: weight must be on the device of x \(.*\), got meta"
     yield (x[:, :4], weight, 2), rf"{op}: x must be at least 5 samples long, got float32\[2, 4, 3\]"
     yield (x, weight, 0), rf"{op}: stride must be at least 1, got 0"
+    yield (x, weight, 2.0), rf"{op}: stride must be a whole number, got 2\.0"
     yield (x, weight, 2, x[0, 0]), rf"{op}: bias must be float32 \[4\], got float32\[3\]"

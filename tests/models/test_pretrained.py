@@ -451,3 +451,11 @@ def test_an_unreachable_hub_is_one_line(tmp_path, monkeypatch):
         "Edoardo-BS/hubert-ecg-base is no folder here and cannot be had from the Hugging Face hub"
     )
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"conv_kernel": (10, 3, 3, 2, 1)}, {"conv_stride": (4, 2, 2, 2, 0)}, {"conv_dim": (0, 8, 8, 8, 8)}]
+)
+def test_an_extractor_that_skips_samples_or_has_no_size_is_refused(wrong):
+    with pytest.raises(ValueError, match="no conv_kernel below its conv_stride, got "):
+        dataclasses.replace(CONFIG, **{"conv_dim": (8,) * 5, **wrong})

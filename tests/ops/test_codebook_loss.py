@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,10 +228,14 @@ def test_one_graph():
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 10)}, r"x must be floating point \[B, N, H\], got float32\[3, 10\]"),
-        ({"projection": torch.zeros(6, 9)}, r"projection must be \[P, 10\], got float32\[6, 9\]"),
+        ({"projection": torch.zeros(6, 9)}, r"projection must be floating point \[P, 10\], got float32\[6, 9\]"),
+        ({"projection": torch.zeros(6, 10).long()}, r"projection must be floating point \[P, 10\], got int64\[6, 10\]"),
+        ({"projection": None}, "projection must be a NumPy, CuPy or torch array, got None"),
+        ({"codebook": ["a"]}, "codebook must be a NumPy, CuPy or torch array, got str"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"projection": ()}, "projection, codebook and bias must be one each or equally many, got 0, 1 and 0"),
-        ({"codebook": torch.zeros(11, 5)}, r"codebook must be \[K, 6\], got float32\[11, 5\]"),
-        ({"bias": torch.zeros(5)}, r"bias must be \[6\], got float32\[5\]"),
+        ({"codebook": torch.zeros(11, 5)}, r"codebook must be floating point \[K, 6\], got float32\[11, 5\]"),
+        ({"bias": torch.zeros(5)}, r"bias must be floating point \[6\], got float32\[5\]"),
         ({"labels": torch.zeros(3, 7)}, r"labels must be int64 \[3, 7\], got float32\[3, 7\]"),
         ({"mask_indices": torch.zeros(2, 4).long()}, r"mask_indices must be int64 \[3, M\], got int64\[2, 4\]"),
         ({"temperature": -1.0}, r"temperature must be above 0, got -1\.0"),
@@ -242,6 +247,16 @@ def test_refuses_bad_input_in_its_own_words(change, message):
     names = ("x", "projection", "bias", "codebook", "labels", "mask_indices")
     with pytest.raises(ValueError, match=message):
         codebook_loss(**{**dict(zip(names, made(), strict=True)), **change})
+
+
+def test_numpy_arrays_give_numpy_numbers():
+    x, projection, bias, codebook, labels, mask = made()
+    expected = codebook_loss(x, projection, codebook, labels, mask, bias=bias)
+    given = [tensor.detach().numpy() for tensor in (x, projection, codebook, labels, mask)]
+    found = codebook_loss(*given, bias=bias.detach().numpy())
+    for mine, other in zip(found, expected, strict=True):
+        assert isinstance(mine, np.ndarray)
+        np.testing.assert_allclose(mine, other.detach().numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("index", [5, -1])

@@ -83,9 +83,11 @@ def test_compiles_to_one_graph():
         ({"x": torch.zeros(1, 3, 6, dtype=torch.int64)}, r"x must be floating point .*, got int64\[1, 3, 6\]"),
         ({"groups": 4}, "groups must divide 6, got 4"),
         ({"groups": 0}, "groups must divide 6, got 0"),
-        ({"weight": torch.zeros(6, 2, 5)}, r"weight must be \[6, 3, k\], got float32\[6, 2, 5\]"),
-        ({"weight": torch.zeros(6, 3, 0)}, r"weight must be \[6, 3, k\], got float32\[6, 3, 0\]"),
-        ({"bias": torch.zeros(5)}, r"bias must be \[6\], got float32\[5\]"),
+        ({"weight": torch.zeros(6, 2, 5)}, r"weight must be floating point \[6, 3, k\], got float32\[6, 2, 5\]"),
+        ({"weight": torch.zeros(6, 3, 0)}, r"weight must be floating point \[6, 3, k\], got float32\[6, 3, 0\]"),
+        ({"bias": torch.zeros(5)}, r"bias must be floating point \[6\], got float32\[5\]"),
+        ({"bias": [0.0] * 6}, "bias must be a NumPy, CuPy or torch array, got list"),
+        ({"groups": 2.0}, r"groups must be a whole number, got 2\.0"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
