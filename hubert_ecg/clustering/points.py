@@ -381,7 +381,6 @@ def _reader(op: str, x: ArrayLike | BlockSource) -> Any:
     return _InMemory(as_tensor(f"{op}: x", x))
 
 
-
 def _compute_dtype(op: str, dtype: Any) -> torch.dtype:
     """float32 for it and for half precision, else float64."""
     if not isinstance(dtype, torch.dtype):

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from hubert_ecg.config import UserError
+from hubert_ecg.data import label_sets
 from hubert_ecg.data.gather import Gather, open_shards
+from hubert_ecg.data.label_sets import LabelSet, LabelWriter
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
 
@@ -256,6 +258,43 @@ class Store:
         if len(labels):
             targets[rows, np.searchsorted(np.array(names, dtype=object), labels)] = 1.0
         return targets
+
+    @property
+    def label_sets(self) -> tuple[str, ...]:
+        """Names of the precomputed labels of tokens that lie beside the shards, sorted."""
+        return label_sets.names_of(self)
+
+    def labels(self, name: str) -> LabelSet:
+        """Precomputed labels of the tokens of every record, and what they are.
+
+        Raises:
+            UserError: There are none of this name, or they are damaged or of other records.
+        """
+        return label_sets.read_labels(self, name)
+
+    def write_labels(
+        self,
+        name: str,
+        labels: np.ndarray,
+        *,
+        num_clusters: int,
+        crop_s: float,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep labels ``[E, N, tokens]`` of the first crop_s seconds of every record under a name.
+
+        :class:`hubert_ecg.data.LabelWriter`, whose arguments these are, writes what is larger than memory.
+
+        Raises:
+            UserError: The name is none for a file.
+            ValueError: Labels of another number of records, or that no cluster has.
+        """
+        sizes = {"num_models": labels.shape[0], "num_tokens": labels.shape[2], "num_clusters": num_clusters}
+        if labels.shape[1] != len(self):
+            raise ValueError(f"labels: labels must be of {len(self)} records, got {list(labels.shape)}")
+        writer = LabelWriter(self, name, **sizes, crop_s=crop_s, facts=facts)
+        writer.write(0, labels)
+        writer.finish()
 
     def verify(self) -> None:
         """Read every shard and compare it with its hash.
