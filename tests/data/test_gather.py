@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +193,29 @@ def test_a_store_may_have_more_shards_than_a_process_open_files(tmp_path):
     for i in range(300):
         np.full(24, i, dtype=np.int16).tofile(tmp_path / f"{i}.bin")
     subprocess.run([sys.executable, "-c", MANY, tmp_path], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_was_read_of_large_shards_is_given_back_to_the_system(tmp_path):
+    # 30 files of 25 MB, more than stays mapped; holes in them take no room on the disk.
+    size, num_shards = 2**20, 30
+    paths = [tmp_path / f"{i}.bin" for i in range(num_shards)]
+    for path in paths:
+        path.touch()
+        os.truncate(path, 2 * NUM_LEADS * size)
+    gather = open_shards(paths, [NUM_LEADS * size] * num_shards, np.dtype(np.int16))
+    out, scale = np.zeros((1, NUM_LEADS, size), np.float32), np.ones((1, NUM_LEADS), np.float32)
+
+    def resident():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssFile:")[1].split()[0])
+
+    before, most = resident(), 0
+    for shard in range(num_shards):
+        gather(np.array([shard]), np.array([0]), np.array([size]), np.array([0]), scale, out, 1)
+        most = max(most, resident())
+    # All of it was read, and most of it at a time was mapped, but not all.
+    assert 2**28 < most - before < 2**29 + 2**26
 
 
 AGREE = """
