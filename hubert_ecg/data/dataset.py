@@ -20,7 +20,7 @@ from hubert_ecg.signal import LEADS
 _TABLES = {".csv", ".dat"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """One recording of a data set, before its signal is read.
 

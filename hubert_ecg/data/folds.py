@@ -31,14 +31,17 @@ def assign_folds(entries: Sequence[Entry], task: str | None = None, seed: int = 
         f"record {entry.record_id}" if entry.patient_id is None else f"patient {entry.patient_id}" for entry in entries
     ]
     folds: dict[str, int] = {}
-    labels: dict[str, set[str]] = {}
+    labels: dict[str, frozenset[str]] = {}
+    none: frozenset[str] = frozenset()
     for patient, entry in zip(patients, entries, strict=True):
         if entry.fold is not None:
             folds.setdefault(patient, entry.fold)
-        labels.setdefault(patient, set()).update(entry.labels.get(task, ()) if task else ())
+        known, found = labels.get(patient, none), entry.labels.get(task, ()) if task else ()
+        labels[patient] = known.union(found) if found else known
 
-    def order(patient: str) -> tuple[list[str], bytes]:
-        return sorted(labels[patient]), hashlib.blake2b(f"{seed} {patient}".encode(errors="surrogateescape")).digest()
+    def order(patient: str) -> tuple[tuple[str, ...], bytes]:
+        shuffled = hashlib.blake2b(f"{seed} {patient}".encode(errors="surrogateescape"))
+        return tuple(sorted(labels[patient])), shuffled.digest()
 
     dealt = sorted((patient for patient in labels if patient not in folds), key=order)
     rng = np.random.Generator(np.random.Philox(key=seed))

@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         },
         "skipped": found.store.skipped,
     }
-    ids = found.store.index["record_id"].to_numpy()[found.records]
+    ids = found.store.column("record_id")[found.records]
     predictions = folder / f"predictions.{config.predictions_format}"
     evaluation.write_predictions(predictions, ids, found.label_names, found.scores, found.targets)
     evaluation.write_json(folder / "report.json", **page)
@@ -115,7 +115,7 @@ def assess(config: EvaluateConfig) -> Assessment:
         device=config.device,
         num_workers=config.num_workers,
     )
-    patients = store.index["patient_id"].to_numpy()[records]
+    patients = store.column("patient_id")[records]
     result = evaluation.evaluate(
         targets,
         scores,

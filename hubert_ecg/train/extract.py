@@ -59,7 +59,7 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
         valid[records] = token_mask(shape, lead_lengths(batch), batch.ecg.shape[-1]).numpy()
         clustering.forget_pages(values)
     settings = {**to_json(config), "sampling_rate_hz": rate}
-    result = TokenFeatures(values, valid, store.index["record_id"].tolist(), settings)
+    result = TokenFeatures(values, valid, store.column("record_id").tolist(), settings)
     result.save(path)
     num_records, num_tokens, width = result.features.shape
     say(f"extract: {num_records} records x {num_tokens} tokens x {width} {config.feature_type} features in {path}")

@@ -65,7 +65,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
     loader = random_crops(store, records.train, config, shuffle=True)
-    ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,
         objective,
@@ -73,7 +72,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         folder=Path(config.output_dir) / name,
         device=device,
         dtype=dtype,
-        record_names=lambda index: ids[index],
+        record_names=lambda index: store.column("record_id")[index],
         data_key=data_key(store, records.train, records.validation),
         betas=(0.9, 0.98),
         title=f"finetune {name}",

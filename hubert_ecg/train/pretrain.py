@@ -75,7 +75,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, shape, kmeans, store, validation, device)
     loader = random_crops(store, train, config, shuffle=True)
-    ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,
         objective,
@@ -83,7 +82,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         folder=folder,
         device=device,
         dtype=dtype,
-        record_names=lambda index: ids[index],
+        record_names=lambda index: store.column("record_id")[index],
         data_key=data_key(store, train, validation),
         betas=(0.9, config.beta2),
         eps=config.adam_eps,

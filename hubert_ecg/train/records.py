@@ -83,7 +83,7 @@ def hold_out(store: Store, pool: np.ndarray, share: float, seed: int) -> tuple[n
     Raises:
         UserError: If all records are of one patient.
     """
-    patients = store.index["patient_id"].to_numpy()[pool]
+    patients = store.column("patient_id")[pool]
     # A record of an unknown patient is a patient of its own.
     names = [f"record {i}" if p is None or p != p else f"patient {p}" for i, p in zip(pool, patients, strict=True)]
     unique, group = np.unique(names, return_inverse=True)
@@ -158,7 +158,7 @@ def lead_lengths(batch: Batch) -> Tensor:
 
 def data_key(store: Store, *splits: np.ndarray) -> str:
     """Changes when the records of a run, their order or their preprocessing do; not when their folder moves."""
-    names = store.index["record_id"].to_numpy()
+    names = store.column("record_id")
     digest = hashlib.sha256(f"{store.dataset} {store.sampling_rate_hz} {store.compat}".encode())
     for split in splits:
         digest.update(b"\0\0")
