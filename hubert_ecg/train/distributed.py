@@ -40,3 +40,9 @@ def ranks(device_name: str) -> Iterator[tuple[torch.device, int, int]]:
         yield device, distributed.get_rank(), distributed.get_world_size()
     finally:
         distributed.destroy_process_group()
+
+
+def wait() -> None:
+    """Return when every process that works together has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
