@@ -173,6 +173,11 @@ class TrainConfig(_Checked):
         clip_norm: Largest norm of the gradient; 0 turns clipping off.
         precision: auto is float32 on a CPU and bfloat16 on a GPU.
         device: Where to train: auto, cpu, cuda, cuda:1, ...
+        compile: Compile each transformer layer with torch.compile.
+        activation_checkpointing: Keep no activations of transformer layers, but compute them again in the backward
+            pass: slower, for records or batches that memory does not hold.
+        dynamic_regularisation: Lower weight decay and dropout after a validation that is better, raise them after
+            patience // 4 that are not.
         validate_every: Optimiser steps between validations; 0 validates after each epoch.
         patience: Stop after this many validations without improvement; 0 never stops early.
         checkpoint_every: Optimiser steps between checkpoints.
@@ -189,6 +194,9 @@ class TrainConfig(_Checked):
     clip_norm: float = 1.0
     precision: Precision = "auto"
     device: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    dynamic_regularisation: bool = False
     validate_every: int = 0
     patience: int = 10
     checkpoint_every: int = 500

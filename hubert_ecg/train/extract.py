@@ -49,12 +49,12 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
         work = FeatureWork(store, store.split("all"), featuriser, shape, config.crop_s, config.num_workers)
         if rank == 0:
             values, valid = TokenFeatures.allocate(path, work.shape, work.dtype)
-        distributed.wait()
+        distributed.gather(None)
         if rank > 0:
             values, valid = TokenFeatures.allocated(path)
         share = work.share(rank, num_ranks)
         work.fill(values[share], valid[share], share, f"{config.feature_type} features" if rank == 0 else None)
-        distributed.wait()
+        distributed.gather(None)
         settings = {**to_json(config), "sampling_rate_hz": rate, "teacher_layer": teacher and teacher.layer}
         result = TokenFeatures(values, valid, work.record_ids(slice(None)), settings)
         if rank == 0:
@@ -62,7 +62,7 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
             num_records, num_tokens, width = work.shape
             kind = f"{width} {config.feature_type} features"
             say(f"extract: {num_records} records x {num_tokens} tokens x {kind} in {path}")
-        distributed.wait()
+        distributed.gather(None)
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.files import write_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file, token_mask
 from hubert_ecg.ops import span_mask
-from hubert_ecg.train import checkpoint, machine
+from hubert_ecg.train import checkpoint, distributed, machine
 from hubert_ecg.train.logs import check_wandb, say
-from hubert_ecg.train.loop import Loop, Objective
+from hubert_ecg.train.loop import Loop
+from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans
 from hubert_ecg.train.records import data_key, lead_lengths, open_records, random_crops, split_for_pretraining
+from hubert_ecg.train.schedule import seed_of
 
 NAME = "hubert_ecg"
 
@@ -31,6 +33,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     In ``config.output_dir``: ``hubert_ecg.pt`` (the best model, one file) and the folder ``hubert_ecg`` with the same
     for ``from_pretrained``, ``last/``, ``checkpoint.safetensors``, ``kmeans.safetensors``, ``clusters.json``
     and ``clusters.html``, ``metrics.csv``, ``settings.json`` and TensorBoard events.
+
+    Under torchrun, batches are ``batch_size`` records on each rank, and rank 0 writes the files.
 
     Returns:
         ``model`` (the .pt file), ``folder``, ``metrics_csv``, ``kmeans``, ``clusters``, ``step``, ``finished``,
@@ -43,33 +47,30 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     check_wandb(config.wandb)
     if config.compat == "published" and config.crop_s != 5:
         raise UserError(f"pretrain: crop_s must be 5 with compat published, got {config.crop_s:g}")
-    device = machine.device(config.device)
+    with distributed.ranks(config.device) as (device, rank, _):
+        return _pretrain(config, device, rank)
+
+
+def _pretrain(config: PretrainConfig, device: torch.device, rank: int) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     shape = model_config(config)
     folder = Path(config.output_dir) / NAME
 
-    store = open_records(config, config.downsampling_factor, config.compat)
+    with distributed.rank_0_first():
+        store = open_records(config, config.downsampling_factor, config.compat)
     train, validation, news = split_for_pretraining(store, config.validation_share, config.seed)
     say(f"pretrain: {news}")
 
     kmeans_path = folder / "kmeans.safetensors"
     saved = folder / "checkpoint.safetensors"
-    if config.resume and saved.is_file():
+    if config.resume and distributed.agreed(saved.is_file()):
         kmeans = clustering.KMeans.from_state(checkpoint.load(saved)["objective"]["kmeans"])
     else:
-        kmeans, quality = fit_kmeans(store, train, config, shape, device)
-        folder.mkdir(parents=True, exist_ok=True)
-        kmeans.save(kmeans_path)
-        write_json(folder / "clusters.json", quality)
-        evaluation.write_report(
-            folder / "clusters.html",
-            title="Clusters of pretraining",
-            cluster_counts=np.array(quality["counts"]),
-            cluster_scores=quality["scores"],
-            facts={name: quality[name] for name in ("feature_type", "num_clusters", "num_records", "num_tokens")},
-        )
-        scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
-        say(f"pretrain: {quality['num_clusters']} clusters of {quality['num_tokens']} tokens  {scores}")
+        with distributed.rank_0_first():
+            if rank == 0:
+                kmeans = _fit_kmeans(store, train, config, shape, device, folder)
+            else:
+                kmeans = clustering.KMeans.load(kmeans_path)
     shape.vocab_sizes = [len(kmeans.cluster_centers_)]
 
     torch.manual_seed(config.seed)
@@ -102,6 +103,30 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         "best_step": progress.best_step,
         "metrics": progress.best_metrics,
     }
+
+
+def _fit_kmeans(
+    store: data.Store,
+    train: np.ndarray,
+    config: PretrainConfig,
+    shape: HubertECGConfig,
+    device: torch.device,
+    folder: Path,
+) -> clustering.KMeans:
+    kmeans, quality = fit_kmeans(store, train, config, shape, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    kmeans.save(folder / "kmeans.safetensors")
+    write_json(folder / "clusters.json", quality)
+    evaluation.write_report(
+        folder / "clusters.html",
+        title="Clusters of pretraining",
+        cluster_counts=np.array(quality["counts"]),
+        cluster_scores=quality["scores"],
+        facts={name: quality[name] for name in ("feature_type", "num_clusters", "num_records", "num_tokens")},
+    )
+    scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
+    say(f"pretrain: {quality['num_clusters']} clusters of {quality['num_tokens']} tokens  {scores}")
+    return kmeans
 
 
 def model_config(config: PretrainConfig) -> HubertECGConfig:
@@ -158,33 +183,49 @@ class MaskedPrediction(Objective):
         self.config, self.device, self.kmeans = config, device, kmeans
         self.model = HubertECGForPretraining(shape).to(device)
         self.pseudo_labels = PseudoLabels(kmeans, config.feature_type, config.compat, shape.sampling_rate_hz)
+        # Inputs of micro-batches that were counted and not yet used.
+        self._prepared: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.folder = Path(config.output_dir) / NAME
         self.file = Path(config.output_dir) / f"{NAME}.pt"
         # Random crops, but always those of epoch 0: every validation sees the same samples under the same mask.
-        self.validation = random_crops(store, validation, config, shuffle=False)
+        self.share = distributed.Share(validation, config.batch_size)
+        self.validation = random_crops(store, self.share.indices, config, shuffle=False)
+
+    def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float] | Tensor:
+        inputs = self._prepared[micro] = self._inputs(batch, 0, step)
+        _, labels, lengths, mask = inputs
+        num_samples = batch.ecg.shape[-1]
+        if bool((lengths < num_samples).any()):
+            valid = token_mask(self.model.config, lengths, num_samples).to(mask.device, non_blocking=True)
+            masked = valid.gather(1, mask).sum()
+            return torch.stack([masked, valid.sum() - masked])[: 1 if self.config.alpha == 1 else 2]
+        return (mask.numel(),) if self.config.alpha == 1 else (mask.numel(), labels.numel() - mask.numel())
 
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        ecg, labels, lengths, mask = self._inputs(batch, 0, step)
+        inputs = self._prepared.pop(micro, None)
+        ecg, labels, lengths, mask = self._inputs(batch, 0, step) if inputs is None else inputs
         output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=self.config.alpha)
         metrics = {"masked_loss": output.masked_loss, "accuracy": output.accuracy}
-        if output.unmasked_loss is not None:
-            metrics["unmasked_loss"] = output.unmasked_loss
-        return output.loss, metrics
+        if output.unmasked_loss is None:
+            return output.loss, metrics
+        metrics["unmasked_loss"] = output.unmasked_loss
+        alpha = self.config.alpha
+        return torch.stack([alpha * output.masked_loss, (1 - alpha) * output.unmasked_loss]), metrics
 
     def validate(self, poll: Callable[[], None]) -> dict[str, float]:
-        sums = torch.zeros(3, device=self.device)
+        sums = torch.zeros(4, device=self.device)
         predicted = torch.zeros(self.model.config.vocab_sizes[0], dtype=torch.int64, device=self.device)
-        num_records = 0
-        for batch in self.validation.batches(0):
-            poll()
+        for batch in self.share.polled(self.validation.batches(0), poll):
             ecg, labels, lengths, mask = self._inputs(batch, 1)
             output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=0.5, output_logits=True)
-            sums += len(batch.index) * torch.stack([output.masked_loss, output.unmasked_loss, output.accuracy]).float()
+            means = output.masked_loss, output.unmasked_loss, output.accuracy, torch.ones_like(output.accuracy)
+            sums += len(batch.index) * torch.stack(means).float()
             guesses = output.logits[0].argmax(-1)
             heard = guesses.flatten() if output.valid is None else guesses[output.valid]
             predicted += torch.bincount(heard, minlength=len(predicted))
-            num_records += len(batch.index)
-        masked, unmasked, accuracy = (sums / num_records).tolist()
+        distributed.add_up(predicted)
+        sums = distributed.add_up(sums)
+        masked, unmasked, accuracy = (sums[:3] / sums[3]).tolist()
         alpha = self.config.alpha
         return {
             "loss": masked if alpha == 1 else alpha * masked + (1 - alpha) * unmasked,
@@ -232,12 +273,6 @@ class MaskedPrediction(Objective):
             "feature_type": config.feature_type,
             "settings": to_json(config),
         }
-
-
-def seed_of(*key: int) -> int:
-    """A seed that depends on the key alone, so that nothing about it needs to be saved."""
-    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return int(seed)
 
 
 def effective_number(counts: np.ndarray) -> float:

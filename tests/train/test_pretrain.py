@@ -22,6 +22,7 @@ from hubert_ecg.train import checkpoint
 from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.pretrain import MaskedPrediction, effective_number, model_config
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans, token_features
+from hubert_ecg.train.throughput import COLUMNS
 
 CPU = torch.device("cpu")
 
@@ -45,8 +46,10 @@ def settings(folder: Path, data_path: Path, **fields) -> PretrainConfig:
 
 
 def rows(folder: Path) -> list[str]:
-    """The log without its last column, the speed."""
-    return [line.rsplit(",", 1)[0] for line in (folder / "hubert_ecg" / "metrics.csv").read_text().splitlines()]
+    """The log without its last columns, the speed."""
+    return [
+        line.rsplit(",", len(COLUMNS))[0] for line in (folder / "hubert_ecg" / "metrics.csv").read_text().splitlines()
+    ]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
