@@ -13,7 +13,7 @@ import torch
 
 from hubert_ecg import ops
 from hubert_ecg.features import mfcc, mixed, time_freq
-from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry
+from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry, token_places
 from hubert_ecg.ops._op import takes_arrays
 from hubert_ecg.signal import LEADS
 
@@ -29,7 +29,18 @@ ASSIGN: dict[str, Callable[..., Any]] = {
     "mixed": ops.mixed_assign,
 }
 
-__all__ = ["ASSIGN", "FEATURE_TYPES", "Frames", "TokenGeometry", "extract", "num_features", "token_geometry"]
+__all__ = [
+    "ASSIGN",
+    "FEATURE_TYPES",
+    "Frames",
+    "TokenGeometry",
+    "cut_frames",
+    "extract",
+    "frame_plan",
+    "num_features",
+    "token_geometry",
+    "token_places",
+]
 
 
 @takes_arrays("ecg")
