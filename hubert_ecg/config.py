@@ -23,6 +23,7 @@ class RunError(RuntimeError):
 
 Compat = Literal["corrected", "published"]
 FeatureType = Literal["mfcc", "time_freq", "mixed"]
+MaskStrategy = Literal["tokens", "spans", "lead", "block"]
 Size = Literal["tiny", "small", "base", "large"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -204,7 +205,10 @@ class PretrainConfig(TrainConfig, DataConfig):
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
         mask_prob: Share of the tokens that are masked.
-        mask_length: Tokens in one masked span.
+        mask_strategy: What is masked together. tokens: each token by itself; spans: mask_length tokens in a row, with
+            the default of 1 the same as tokens; lead: all tokens of a lead, and some of one more lead for the exact
+            number; block: the same time in all leads, as long as mask_length tokens of a lead (0.64 s each).
+        mask_length: Tokens in one masked span, or of a lead in one masked block.
         num_clusters: Number of k-means clusters K.
         feature_type: mfcc, time_freq or mixed.
         kmeans_path: Use this k-means model (from the cluster command) instead of fitting one.
@@ -225,6 +229,7 @@ class PretrainConfig(TrainConfig, DataConfig):
     batch_size: int = 32
     learning_rate: float = 1e-4
     mask_prob: float = 0.15
+    mask_strategy: MaskStrategy = "spans"
     mask_length: int = 1
     num_clusters: int = 100
     feature_type: FeatureType = "mfcc"
@@ -238,6 +243,14 @@ class PretrainConfig(TrainConfig, DataConfig):
     dataset: str = "auto"
     crop_s: float = 5.0
     validation_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_length != 1 and self.mask_strategy in ("tokens", "lead"):
+            raise UserError(
+                f"--mask_length must be 1 with --mask_strategy {self.mask_strategy}, got {self.mask_length}; "
+                "it is for spans and block"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

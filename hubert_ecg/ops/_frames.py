@@ -69,7 +69,7 @@ class FramePlan(NamedTuple):
         return torch.cat([ecg[:, lead, head : last - tail] for lead, (head, tail) in enumerate(self.trims)], -1)
 
     def places(self, num_samples: int) -> torch.Tensor:
-        """Where the middle of each frame lies in leads of ``num_samples`` samples: ``[N, 2] int64``, lead and sample."""
+        """Lead and sample in which the middle of each frame lies, of leads of ``num_samples``: ``[N, 2] int64``."""
         trims = torch.tensor(self.trims or [(0, 0)] * NUM_LEADS)
         lengths = num_samples - trims.sum(1)
         ends = lengths.cumsum(0)

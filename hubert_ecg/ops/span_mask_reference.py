@@ -141,9 +141,9 @@ def span_mask_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (2, 10, 0.3, 3, None, 1, None, 2, "lead", places), r"span_mask: mask_length must be 1 with mask_strategy lead"
     yield (
         (2, 10, 0.3, 1, None, 1, None, 2, "lead"),
-        r"span_mask: places must be given with mask_strategy lead, got None",
+        r"span_mask: places must be given with mask_strategy lead, got",
     )
     yield (
         (2, 10, 0.3, 1, None, 1, None, 2, "block", places[:9]),
-        r"span_mask: places must be int64 \[10, 2\], got int64",
+        r"span_mask: places must be int64 \[10, 2\], got",
     )

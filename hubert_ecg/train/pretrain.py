@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from torch import Tensor
 
 from hubert_ecg import clustering, data, evaluation
 from hubert_ecg.config import PretrainConfig, UserError, to_json
+from hubert_ecg.features import token_places
 from hubert_ecg.files import write_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file, token_mask
 from hubert_ecg.ops import span_mask
 from hubert_ecg.train import checkpoint, machine
+from hubert_ecg.train.cluster_use import ClusterUse
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans
@@ -90,6 +91,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         title="pretrain",
         facts={"records": {"train": len(train), "validation": len(validation)}, "store": str(store.path)},
     )
+    objective.warmup_steps = loop.schedule.warmup_steps
     progress = loop.run()
     return {
         "model": objective.file,
@@ -143,7 +145,6 @@ class MaskedPrediction(Objective):
     """
 
     model: HubertECGForPretraining
-    metrics = ("masked_loss", "unmasked_loss", "accuracy", "predicted_clusters")
     monitor = "loss"
 
     def __init__(
@@ -157,13 +158,19 @@ class MaskedPrediction(Objective):
     ) -> None:
         self.config, self.device, self.kmeans = config, device, kmeans
         self.model = HubertECGForPretraining(shape).to(device)
+        self.metrics = ("masked_loss", "unmasked_loss", "accuracy", *ClusterUse.columns(len(shape.vocab_sizes)))
+        # Alarms that were raised and still hold; before the warm-up is over, a model predicts few clusters anyway.
+        self._alarms: dict[str, str] = {}
+        self._step = self.warmup_steps = 0
         self.pseudo_labels = PseudoLabels(kmeans, config.feature_type, config.compat, shape.sampling_rate_hz)
         self.folder = Path(config.output_dir) / NAME
         self.file = Path(config.output_dir) / f"{NAME}.pt"
         # Random crops, but always those of epoch 0: every validation sees the same samples under the same mask.
         self.validation = random_crops(store, validation, config, shuffle=False)
+        self._places = token_places(self.validation.num_samples, shape.sampling_rate_hz).to(device)
 
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._step = step + 1
         ecg, labels, lengths, mask = self._inputs(batch, 0, step)
         output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=self.config.alpha)
         metrics = {"masked_loss": output.masked_loss, "accuracy": output.accuracy}
@@ -173,17 +180,16 @@ class MaskedPrediction(Objective):
 
     def validate(self, poll: Callable[[], None]) -> dict[str, float]:
         sums = torch.zeros(3, device=self.device)
-        predicted = torch.zeros(self.model.config.vocab_sizes[0], dtype=torch.int64, device=self.device)
+        use = ClusterUse(self.model.config.vocab_sizes, self.device)
         num_records = 0
         for batch in self.validation.batches(0):
             poll()
             ecg, labels, lengths, mask = self._inputs(batch, 1)
-            output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=0.5, output_logits=True)
+            output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=0.5)
             sums += len(batch.index) * torch.stack([output.masked_loss, output.unmasked_loss, output.accuracy]).float()
-            guesses = output.logits[0].argmax(-1)
-            heard = guesses.flatten() if output.valid is None else guesses[output.valid]
-            predicted += torch.bincount(heard, minlength=len(predicted))
+            use.add(labels, self.model.likeliest(output.last_hidden_state), output.valid)
             num_records += len(batch.index)
+        self._raise_alarms(use)
         masked, unmasked, accuracy = (sums / num_records).tolist()
         alpha = self.config.alpha
         return {
@@ -191,8 +197,15 @@ class MaskedPrediction(Objective):
             "masked_loss": masked,
             "unmasked_loss": unmasked,
             "accuracy": accuracy,
-            "predicted_clusters": effective_number(predicted.cpu().numpy()),
+            **use.metrics(),
         }
+
+    def _raise_alarms(self, use: ClusterUse) -> None:
+        """Say what is wrong with clusters, once until it is mended."""
+        alarms = use.alarms() if self._step > self.warmup_steps else {}
+        for name in sorted(alarms.keys() - self._alarms.keys()):
+            say(f"pretrain: warning at step {self._step}: {alarms[name]}")
+        self._alarms = alarms
 
     def save_best(self) -> None:
         save_file(self.model, self.file, extra=self._extra())
@@ -221,6 +234,8 @@ class MaskedPrediction(Objective):
             valid,
             seed_of(self.config.seed, *key),
             batch.index,
+            mask_strategy=self.config.mask_strategy,
+            places=self._places,
             device=self.device,
         )
         return ecg, labels, lengths, mask
@@ -238,13 +253,3 @@ def seed_of(*key: int) -> int:
     """A seed that depends on the key alone, so that nothing about it needs to be saved."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return int(seed)
-
-
-def effective_number(counts: np.ndarray) -> float:
-    """How many clusters are in use: the exponential of the entropy of their counts.
-
-    >>> effective_number(np.array([5, 5, 0]))
-    2.0
-    """
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    return round(math.exp(-(share * np.log(share)).sum()), 6)

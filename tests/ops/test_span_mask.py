@@ -198,12 +198,12 @@ def test_whole_leads_are_masked_but_one(prob, count):
     assert mask.shape == (3000, count)
     assert (mask.diff(dim=1) > 0).all()
     masked = indicators(mask, 93)
-    of_lead = np.stack([masked[:, LEADS == lead].mean(1) for lead in range(12)], 1)
+    of_lead = np.stack([masked[:, lead == LEADS].mean(1) for lead in range(12)], 1)
     assert (((of_lead > 0) & (of_lead < 1)).sum(1) <= 1).all()
     if prob < 1:
         # Leads alike, within their number of tokens, and within the partial lead all of its tokens.
         for size in (7, 8):
-            leads = [lead for lead in range(12) if (LEADS == lead).sum() == size]
+            leads = [lead for lead in range(12) if (lead == LEADS).sum() == size]
             assert within_chance(masked[:, np.isin(LEADS, leads)].sum(0), 3000)
         assert count < 8 or len({tuple(row) for row in (of_lead == 1).tolist()}) > 10
 
@@ -273,7 +273,7 @@ def test_absent_leads_and_padding_leave_whole_what_is_there():
     valid = torch.from_numpy((TIMES < 300) & (LEADS < 6)).expand(500, -1)
     of_lead = indicators(span_mask(500, 93, 0.5, 1, valid, seed=1, mask_strategy="lead", places=PLACES), 93)
     there = valid[0].numpy()
-    shares = np.stack([of_lead[:, there & (LEADS == lead)].mean(1) for lead in range(6)], 1)
+    shares = np.stack([of_lead[:, there & (lead == LEADS)].mean(1) for lead in range(6)], 1)
     assert (((shares > 0) & (shares < 1)).sum(1) <= 1).all()
     assert within_chance(of_lead[:, there].sum(0), 500)
     in_time = indicators(span_mask(500, 93, 0.4, 5, valid, seed=1, mask_strategy="block", places=PLACES), 93)
