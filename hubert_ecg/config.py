@@ -23,6 +23,7 @@ class RunError(RuntimeError):
 
 Compat = Literal["corrected", "published"]
 FeatureType = Literal["mfcc", "time_freq", "mixed", "latent"]
+MaskStrategy = Literal["tokens", "spans", "lead", "block"]
 Size = Literal["tiny", "small", "base", "large"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -216,7 +217,10 @@ class PretrainConfig(TrainConfig, DataConfig):
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
         mask_prob: Share of the tokens that are masked.
-        mask_length: Tokens in one masked span.
+        mask_strategy: What is masked together. tokens: each token by itself; spans: mask_length tokens in a row, with
+            the default of 1 the same as tokens; lead: all tokens of a lead, and some of one more lead for the exact
+            number; block: the same time in all leads, as long as mask_length tokens of a lead (0.64 s each).
+        mask_length: Tokens in one masked span, or of a lead in one masked block.
         num_clusters: Number of k-means clusters K.
         feature_type: mfcc, time_freq, mixed, or latent: the hidden states of a teacher.
         teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
@@ -249,6 +253,7 @@ class PretrainConfig(TrainConfig, DataConfig):
     batch_size: int = 32
     learning_rate: float = 1e-4
     mask_prob: float = 0.15
+    mask_strategy: MaskStrategy = "spans"
     mask_length: int = 1
     num_clusters: int = 100
     feature_type: FeatureType = "mfcc"
@@ -272,6 +277,14 @@ class PretrainConfig(TrainConfig, DataConfig):
     dataset: str = "auto"
     crop_s: float = 5.0
     validation_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_length != 1 and self.mask_strategy in ("tokens", "lead"):
+            raise UserError(
+                f"--mask_length must be 1 with --mask_strategy {self.mask_strategy}, got {self.mask_length}; "
+                "it is for spans and block"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

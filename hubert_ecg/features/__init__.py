@@ -15,7 +15,7 @@ import torch
 from hubert_ecg import ops
 from hubert_ecg.features import mfcc, mixed, time_freq
 from hubert_ecg.features.latent import Latent, default_layer
-from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry
+from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry, token_places
 from hubert_ecg.ops._op import takes_arrays
 from hubert_ecg.signal import LEADS
 
@@ -37,10 +37,13 @@ __all__ = [
     "Frames",
     "Latent",
     "TokenGeometry",
+    "cut_frames",
     "default_layer",
     "extract",
+    "frame_plan",
     "num_features",
     "token_geometry",
+    "token_places",
 ]
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -19,8 +21,9 @@ from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file
 from hubert_ecg.train import checkpoint
+from hubert_ecg.train.cluster_use import ClusterUse, effective_number
 from hubert_ecg.train.loop import Interrupted
-from hubert_ecg.train.pretrain import MaskedPrediction, effective_number, model_config
+from hubert_ecg.train.pretrain import MaskedPrediction, model_config
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans, token_features
 from hubert_ecg.train.throughput import COLUMNS
 
@@ -241,6 +244,12 @@ def test_validation_is_masked_and_always_the_same(cohort, tmp_path):
     # Predictions of an untrained model are near chance.
     assert 1.0 < first["masked_loss"] < 4.0
     assert 1 <= first["predicted_clusters"] <= 8
+    # The targets' use is that of the clusters of the very crops, counted by hand.
+    counts = np.zeros(8, dtype=np.int64)
+    for batch in objective.validation.batches(0):
+        counts += np.bincount(objective.pseudo_labels(batch.leads).flatten(), minlength=8)
+    assert first["target_clusters"] == effective_number(counts)
+    assert set(first) == {"loss", *objective.metrics}
 
 
 def test_the_number_of_clusters_in_use():
@@ -248,6 +257,109 @@ def test_the_number_of_clusters_in_use():
     assert effective_number(np.array([3, 3, 3, 3])) == 4
     assert 1 < effective_number(np.array([100, 1])) < 1.1
     assert effective_number(np.zeros(4, dtype=int)) == 1
+
+
+def test_cluster_use_is_counted_for_each_codebook_and_without_padding():
+    targets = torch.tensor([[[0, 1, 2, 3]], [[0, 0, 0, 1]]])
+    guesses = torch.tensor([[[0, 0, 0, 0]], [[0, 1, 0, 1]]])
+    use = ClusterUse([4, 2], CPU)
+    use.add(targets, guesses, torch.tensor([[True, True, True, False]]))
+    use.add(targets, guesses, torch.tensor([[False, False, False, True]]))
+    assert [counts.tolist() for counts in use.counts] == [[[1, 1, 1, 1], [4, 0, 0, 0]], [[3, 1], [2, 2]]]
+    metrics = use.metrics()
+    assert tuple(metrics) == ClusterUse.columns(2)
+    assert (metrics["target_clusters_0"], metrics["predicted_clusters_0"]) == (4, 1)
+    assert (metrics["predicted_clusters"], metrics["collapsed"]) == (1.5, 0)
+    assert ClusterUse.columns(1) == ("target_clusters", "predicted_clusters", "collapsed")
+
+
+def test_alarms_are_raised_below_a_tenth():
+    def alarms(targets, predictions):
+        use = ClusterUse([len(targets)], CPU)
+        use.counts[0] += torch.tensor([targets, predictions])
+        return use.metrics()["collapsed"], use.alarms()
+
+    assert alarms([10] * 40, [10] * 40) == (0, {})
+    assert alarms([10] * 40, [100] * 4 + [0] * 36) == (0, {})
+    collapsed, found = alarms([10] * 40, [133] * 3 + [0] * 37)
+    assert collapsed == 1
+    assert list(found) == ["predictions 0"]
+    assert "use 3.0 clusters, less than 10% of the 40.0" in found["predictions 0"]
+    collapsed, found = alarms([133] * 3 + [0] * 37, [133] * 3 + [0] * 37)
+    assert collapsed == 0
+    assert list(found) == ["targets 0"]
+    assert "use 3.0 of 40 clusters" in found["targets 0"]
+    # Six tokens cannot use a tenth of a thousand clusters.
+    assert alarms([1] * 6 + [0] * 994, [1] * 6 + [0] * 994) == (0, {})
+
+
+def test_a_collapse_is_said_once_until_it_is_mended(cohort, tmp_path, capsys):
+    config = settings(tmp_path, cohort.path, num_clusters=24, log_every=1)
+    shape = model_config(config)
+    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
+    torch.manual_seed(0)
+    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    objective.model.eval()
+    objective.warmup_steps = 2
+    guesses = {True: torch.zeros, False: lambda *shape, dtype: torch.arange(math.prod(shape)).view(shape) % 24}
+
+    def validate(step, collapsed):
+        objective._step = step
+        objective.model.likeliest = lambda x: guesses[collapsed](1, *x.shape[:2], dtype=torch.int64)
+        with torch.no_grad():
+            metrics = objective.validate(lambda: None)
+        assert metrics["predicted_clusters"] == pytest.approx(1 if collapsed else 24, rel=1e-3)
+        assert metrics["collapsed"] == collapsed
+        return capsys.readouterr().out
+
+    # During the warm-up, models predict few clusters anyway.
+    assert validate(2, True) == ""
+    assert validate(3, True).startswith("pretrain: warning at step 3: the predictions use 1.0 clusters")
+    assert validate(4, True) == ""
+    assert validate(5, False) == ""
+    assert "warning at step 6" in validate(6, True)
+
+
+@pytest.mark.parametrize("chunk", [1 << 23, 100])
+def test_likeliest_clusters_are_those_of_the_logits(chunk, monkeypatch):
+    from hubert_ecg.models import hubert_ecg as module
+
+    monkeypatch.setattr(module, "_MAX_LOGITS", chunk)
+    torch.manual_seed(0)
+    model = HubertECGForPretraining(HubertECGConfig.preset("tiny", vocab_sizes=[7, 30])).eval()
+    with torch.no_grad():
+        output = model(torch.randn(3, 12, 500))
+        found = model.likeliest(output.last_hidden_state)
+    assert found.shape == (2, 3, 93)
+    for clusters, logits in zip(found, output.logits, strict=True):
+        assert torch.equal(clusters, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("strategy", ["lead", "block"])
+def test_a_run_masks_as_its_strategy_says(cohort, tmp_path, strategy):
+    config = settings(tmp_path, cohort.path, mask_strategy=strategy)
+    shape = model_config(config)
+    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
+    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    (batch,) = Loader(cohort, cohort.split("train")[:8], 8, num_workers=0).batches(0)
+    *_, mask = objective._inputs(batch, 0, 0)
+    leads, times = features.token_places(500, 100).T
+    for row in mask:
+        if strategy == "lead":
+            masked, size = leads[row].bincount(minlength=12), leads.bincount()
+            assert ((masked > 0) & (masked < size)).sum() <= 1
+        else:
+            # 31 tokens of three blocks of 12: at each masked time, most leads are.
+            assert 6 <= len(set(leads[row].tolist())) <= 12
+            order = times.argsort()
+            assert (torch.isin(order, row).diff() != 0).sum() <= 6
+    assert train.pretrain(dataclasses.replace(config, max_steps=1))["step"] == 1
+
+
+def test_a_mask_length_that_means_nothing_is_refused(tmp_path):
+    for strategy in ("tokens", "lead"):
+        with pytest.raises(UserError, match=f"--mask_length must be 1 with --mask_strategy {strategy}, got 4"):
+            settings(tmp_path, tmp_path, mask_strategy=strategy, mask_length=4)
 
 
 def test_flags_shape_the_model(tmp_path):
