@@ -162,6 +162,29 @@ class ClusterConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelConfig(DataConfig):
+    """Label each token of a packed store with its clusters, as a column beside its records.
+
+    Args:
+        kmeans_path: k-means model from the cluster command; several, with commas between them, are an ensemble.
+        name: Name of the labels in the store.
+        feature_type: What was clustered: mfcc, time_freq, mixed, or latent: the hidden states of a teacher.
+        teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
+        teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
+        crop_s: Seconds of each record, from its beginning.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    kmeans_path: str = dataclasses.field(kw_only=True)
+    name: str = dataclasses.field(kw_only=True)
+    feature_type: FeatureType = "mfcc"
+    teacher: str | None = None
+    teacher_layer: int | None = None
+    crop_s: float = 5.0
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
     """What pretraining and fine-tuning share.
 
@@ -227,10 +250,12 @@ class PretrainConfig(TrainConfig, DataConfig):
         teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
         kmeans_path: Use this k-means model (from the cluster command) instead of fitting one; several, with commas
             between them, are an ensemble, each with a head and a codebook of its own.
+        labels: Train on precomputed labels of the store (from the label command) instead: its name, or several with
+            commas between them; crops are then the beginnings of the records.
         kmeans_records: Fit k-means on at most this many records, drawn at random.
         keep_features: Keep the features that k-means was fitted on, as the extract command writes them.
         start_from: Start from the weights of this model instead of random ones, with fresh codebooks.
-        iterations: Rounds of features, k-means and training; from the second on, features are those of the model before.
+        iterations: Rounds of features, k-means and training; from the second on, features are of the model before.
         later_num_clusters: Clusters of the iterations after the first, such as 500,1000; the last number holds for all
             that follow. Default: 500,1000.
         later_max_steps: Likewise, optimiser steps. Default: as in the first iteration.
@@ -260,6 +285,7 @@ class PretrainConfig(TrainConfig, DataConfig):
     teacher: str | None = None
     teacher_layer: int | None = None
     kmeans_path: str | None = None
+    labels: str | None = None
     kmeans_records: int = 20_000
     keep_features: bool = False
     start_from: str | None = None

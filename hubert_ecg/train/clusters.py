@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from hubert_ecg import clustering
 from hubert_ecg.clustering.ranks import Ranks
+from hubert_ecg.config import UserError
 from hubert_ecg.train.token_features import ValidTokens
 
 # Tokens of up to this many bytes are clustered in memory; more of them are read again on every pass.
@@ -32,7 +34,9 @@ class Clusters:
     counts: np.ndarray
 
 
-def find_clusters(tokens: ValidTokens, models: Sequence[clustering.KMeans], seed: int, num_ranks: int) -> list[Clusters]:
+def find_clusters(
+    tokens: ValidTokens, models: Sequence[clustering.KMeans], seed: int, num_ranks: int
+) -> list[Clusters]:
     """Fit the models that are not fitted yet, and judge all of them.
 
     Args:
@@ -59,6 +63,29 @@ def find_clusters(tokens: ValidTokens, models: Sequence[clustering.KMeans], seed
         )
         found.append(Clusters(kmeans, scores, counts.numpy()))
     return found
+
+
+def load_kmeans(paths: str, width: int, feature_type: str) -> list[clustering.KMeans]:
+    """The k-means models of ``--kmeans_path``.
+
+    Args:
+        paths: Files with commas between them.
+        width: Numbers in a feature vector.
+        feature_type: What is clustered, for the error.
+
+    Raises:
+        UserError: If one is not there, or is for other features.
+    """
+    models = []
+    for path in (Path(path.strip()) for path in paths.split(",")):
+        kmeans = clustering.KMeans.load(path)
+        if kmeans.cluster_centers_.shape[1] != width:
+            raise UserError(
+                f"kmeans_path must be a model for {width} features ({feature_type}), "
+                f"got {kmeans.cluster_centers_.shape[1]} in {path}"
+            )
+        models.append(kmeans)
+    return models
 
 
 def kmeans_hash(kmeans: clustering.KMeans) -> str:

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hubert_ecg import clustering, evaluation
-from hubert_ecg.config import ClusterConfig, ExtractConfig, UserError, to_json
+from hubert_ecg.config import ClusterConfig, ExtractConfig, LabelConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig
 from hubert_ecg.train import distributed
 from hubert_ecg.train.clusters import Clusters, find_clusters
@@ -29,24 +30,11 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
     """
     path = Path(config.output_path)
     check_path(path)
-    check_flags(config)
-    if config.compat == "published" and config.crop_s != 5:
-        raise UserError(f"extract: crop_s must be 5 with compat published, got {config.crop_s:g}")
-    rate = 500 / config.downsampling_factor
-    try:
-        shape = HubertECGConfig.preset("tiny", sampling_rate_hz=rate, compat=config.compat)
-    except ValueError as error:
-        raise UserError(
-            f"extract: no model has tokens at downsampling_factor {config.downsampling_factor} "
-            f"(500 Hz divided by it): {error}"
-        ) from error
     with distributed.ranks(config.device) as (device, rank, num_ranks):
         if num_ranks > 1 and path.suffix:
             raise UserError(f"several processes write a folder together, not one file: --output_path {path} has a dot")
-        store = open_records(config, config.downsampling_factor, config.compat)
-        teacher = load_teacher(config, shape, device)
-        featuriser = Featuriser(config.feature_type, config.compat, rate, device, teacher)
-        work = FeatureWork(store, store.split("all"), featuriser, shape, config.crop_s, config.num_workers)
+        work = open_work(config, device)
+        teacher = work.featuriser.teacher
         if rank == 0:
             values, valid = TokenFeatures.allocate(path, work.shape, work.dtype)
         distributed.gather(None)
@@ -55,6 +43,7 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
         share = work.share(rank, num_ranks)
         work.fill(values[share], valid[share], share, f"{config.feature_type} features" if rank == 0 else None)
         distributed.gather(None)
+        rate = work.store.sampling_rate_hz
         settings = {**to_json(config), "sampling_rate_hz": rate, "teacher_layer": teacher and teacher.layer}
         result = TokenFeatures(values, valid, work.record_ids(slice(None)), settings)
         if rank == 0:
@@ -64,6 +53,29 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
             say(f"extract: {num_records} records x {num_tokens} tokens x {kind} in {path}")
         distributed.gather(None)
     return result
+
+
+def open_work(config: ExtractConfig | LabelConfig, device: torch.device) -> FeatureWork:
+    """The records of a command and how features of all of them are computed.
+
+    Raises:
+        UserError: the data or the teacher cannot be read, or the settings do not fit together.
+    """
+    check_flags(config)
+    if config.compat == "published" and config.crop_s != 5:
+        raise UserError(f"crop_s must be 5 with compat published, got {config.crop_s:g}")
+    rate = 500 / config.downsampling_factor
+    try:
+        shape = HubertECGConfig.preset("tiny", sampling_rate_hz=rate, compat=config.compat)
+    except ValueError as error:
+        raise UserError(
+            f"no model has tokens at downsampling_factor {config.downsampling_factor} (500 Hz divided by it): {error}"
+        ) from error
+    with distributed.rank_0_first():
+        store = open_records(config, config.downsampling_factor, config.compat)
+    teacher = load_teacher(config, shape, device)
+    featuriser = Featuriser(config.feature_type, config.compat, rate, device, teacher)
+    return FeatureWork(store, store.split("all"), featuriser, shape, config.crop_s, config.num_workers)
 
 
 def cluster_features(config: ClusterConfig) -> clustering.KMeans:

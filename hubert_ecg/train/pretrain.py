@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,12 +23,12 @@ from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_fil
 from hubert_ecg.ops import span_mask
 from hubert_ecg.train import checkpoint, distributed, machine
 from hubert_ecg.train.cluster_use import ClusterUse
-from hubert_ecg.train.clusters import IN_MEMORY_BYTES, find_clusters
+from hubert_ecg.train.clusters import IN_MEMORY_BYTES, find_clusters, load_kmeans
 from hubert_ecg.train.logs import say
 from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.pseudo_labels import Featuriser, PseudoLabels, StoredLabels
-from hubert_ecg.train.records import crops, data_key, lead_lengths, open_records, split_for_pretraining
+from hubert_ecg.train.records import data_key, lead_lengths, open_records, random_crops, split_for_pretraining
 from hubert_ecg.train.schedule import seed_of
 from hubert_ecg.train.teacher import load_start, load_teacher, weights_hash
 from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
@@ -64,14 +65,14 @@ class Run:
         """Where the model and the logs go."""
         return Path(self.config.output_dir) / NAME
 
-    @property
+    @functools.cached_property
     def featuriser(self) -> Featuriser:
         config = self.config
         return Featuriser(
             config.feature_type, config.compat, self.shape.sampling_rate_hz, self.device, teacher=self.teacher
         )
 
-    @property
+    @functools.cached_property
     def clustered(self) -> np.ndarray:
         """Positions of the training records that clusters are found on, ascending."""
         random = np.random.default_rng(self.config.seed)
@@ -100,7 +101,7 @@ def open_run(config: PretrainConfig, title: str, device: torch.device) -> Run:
     return run
 
 
-def find_targets(run: Run) -> list[clustering.KMeans]:
+def find_targets(run: Run, stage: str = "") -> list[clustering.KMeans]:
     """The k-means models of a run: those of ``config.kmeans_path``, else one fitted on at most ``kmeans_records``.
 
     Each goes into ``kmeans.safetensors`` in the run's folder, and how good its clusters are into ``clusters.json`` and
@@ -112,15 +113,9 @@ def find_targets(run: Run) -> list[clustering.KMeans]:
     """
     config = run.config
     work = FeatureWork(run.store, run.clustered, run.featuriser, run.shape, config.crop_s, config.num_workers)
-    paths = config.kmeans_path and [Path(path.strip()) for path in str(config.kmeans_path).split(",")]
-    if paths:
-        models = [clustering.KMeans.load(path) for path in paths]
-        for path, kmeans in zip(paths, models, strict=True):
-            if kmeans.cluster_centers_.shape[1] != work.shape[2]:
-                raise UserError(
-                    f"pretrain: kmeans_path must be a model for {work.shape[2]} features ({config.feature_type}), "
-                    f"got {kmeans.cluster_centers_.shape[1]} in {path}"
-                )
+    given = config.kmeans_path is not None
+    if given:
+        models = load_kmeans(str(config.kmeans_path), work.shape[2], config.feature_type)
     else:
         models = [clustering.KMeans(config.num_clusters, normalize=True, max_iter=100, random_state=config.seed)]
         check_num_clusters(run, config.num_clusters, math.prod(work.shape[:2]))
@@ -133,14 +128,14 @@ def find_targets(run: Run) -> list[clustering.KMeans]:
         count = share.stop - share.start
         values, valid = TokenFeatures.allocate(place if in_folder else None, (count, *work.shape[1:]), work.dtype)
         work.fill(values, valid, share)
-        given = TokenFeatures(values, valid, work.record_ids(share), to_json(config))
+        made = TokenFeatures(values, valid, work.record_ids(share), to_json(config))
         if config.keep_features:
-            given.save(place)
-        tokens = ValidTokens(given, 0, count, run.device)
+            made.save(place)
+        tokens = ValidTokens(made, 0, count, run.device)
         total = torch.tensor([tokens.shape[0]])
         Ranks("pretrain", num_ranks > 1).sum(total)
         num_tokens = int(total)
-        if not paths:
+        if not given:
             check_num_clusters(run, config.num_clusters, num_tokens)
         try:
             found = find_clusters(tokens, models, config.seed, num_ranks)
@@ -173,7 +168,7 @@ def find_targets(run: Run) -> list[clustering.KMeans]:
                 facts={name: quality[name] for name in ("feature_type", "num_clusters", "num_records", "num_tokens")},
             )
         scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
-        run.tell(f"{len(one.counts)} clusters of {num_tokens} tokens  {scores}")
+        run.tell(f"{len(one.counts)} clusters of {num_tokens} tokens  {scores}", stage)
     distributed.gather(None)
     return models
 
@@ -211,7 +206,7 @@ def train(run: Run, kmeans: Sequence[clustering.KMeans], stage: str = "") -> dic
     loop = Loop(
         config,
         objective,
-        crops(store, run.train, config, shuffle=True, labels=labels.names),
+        random_crops(store, run.train, config, shuffle=True, labels=labels.names),
         folder=run.folder,
         device=run.device,
         dtype=machine.dtype(config.precision, run.device),
@@ -251,7 +246,7 @@ def ensemble_name(number: int, num_models: int) -> str:
     >>> ensemble_name(0, 1), ensemble_name(0, 2), ensemble_name(1, 2)
     ('', '_1', '_2')
     """
-    return "" if num_models == 1 else f"_{number + 1}"
+    return "" if num_models <= 1 else f"_{number + 1}"
 
 
 def kmeans_file(folder: Path, number: int, num_models: int) -> Path:
@@ -336,7 +331,7 @@ class MaskedPrediction(Objective):
         self.file = Path(config.output_dir) / f"{NAME}.pt"
         # Random crops, but always those of epoch 0: every validation sees the same samples under the same mask.
         self.share = distributed.Share(validation, config.batch_size)
-        self.validation = crops(store, self.share.indices, config, shuffle=False, labels=labels.names)
+        self.validation = random_crops(store, self.share.indices, config, shuffle=False, labels=labels.names)
         self._places = token_places(self.validation.num_samples, shape.sampling_rate_hz).to(device)
 
     def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float] | Tensor:

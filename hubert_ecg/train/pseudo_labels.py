@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from hubert_ecg import features, ops
 from hubert_ecg.clustering.points import unit_rows
 from hubert_ecg.train.records import lead_lengths
+from hubert_ecg.train.teacher import weights_hash
 
 if TYPE_CHECKING:
     from hubert_ecg.clustering import KMeans
-    from hubert_ecg.data import Batch
+    from hubert_ecg.data import Batch, Store
 
 
 class Featuriser:
@@ -67,8 +68,11 @@ class PseudoLabels:
         kmeans: The k-means models of the ensemble; their normalisation is part of them.
     """
 
+    #: Label sets that batches must carry.
+    names: tuple[str, ...] = ()
+
     def __init__(self, featuriser: Featuriser, kmeans: Sequence[KMeans]) -> None:
-        self.featuriser = featuriser
+        self.featuriser, self.kmeans = featuriser, kmeans
         # Features are float32, and so are the centres that they are compared with.
         self._models = [
             (torch.as_tensor(one.cluster_centers_, dtype=torch.float32, device=featuriser.device), one.normalize)
@@ -91,3 +95,42 @@ class PseudoLabels:
                 for centers, normalize in self._models
             ]
         )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them."""
+        teacher = self.featuriser.teacher
+        digest = None if teacher is None else weights_hash(teacher.model.state_dict())
+        return {"kmeans": [one.state() for one in self.kmeans], "teacher": digest}
+
+
+class StoredLabels:
+    """Clusters that were found before: label sets of the store, which batches carry.
+
+    Args:
+        store: Where they lie.
+        names: Names of the sets, whose models come one after another.
+        device: Where the clusters are wanted.
+
+    Attributes:
+        vocab_sizes: Clusters K of each model.
+
+    Raises:
+        UserError: If the store has no such labels.
+    """
+
+    def __init__(self, store: Store, names: Sequence[str], device: torch.device) -> None:
+        self.names, self._device = tuple(name.strip() for name in names), device
+        sets = [store.labels(name) for name in self.names]
+        self.vocab_sizes: list[int] = []
+        for one in sets:
+            self.vocab_sizes += one.facts.get("vocab_sizes", [one.facts["num_clusters"]] * len(one.values))
+        self._facts = [one.facts for one in sets]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Clusters ``[E, B, N] int64`` of the crops, on the device."""
+        assert batch.labels is not None
+        return batch.labels.to(self._device, non_blocking=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them."""
+        return {"labels": self._facts}

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hubert_ecg.config import ExtractConfig, PretrainConfig, UserError
+from hubert_ecg.config import ExtractConfig, LabelConfig, PretrainConfig, UserError
 from hubert_ecg.features import Latent, default_layer
 from hubert_ecg.models import HubertECG, HubertECGConfig
 from hubert_ecg.models.pretrained import load_weights, locate, read_weights
 
+#: Settings that say what is clustered.
+FeatureConfig = ExtractConfig | LabelConfig | PretrainConfig
 
-def check_flags(config: ExtractConfig | PretrainConfig) -> None:
+
+def check_flags(config: FeatureConfig) -> None:
     """Raises UserError where ``feature_type``, ``teacher`` and ``teacher_layer`` do not go together."""
     latent = config.feature_type == "latent"
     if latent and config.teacher is None:
@@ -27,7 +30,7 @@ def check_flags(config: ExtractConfig | PretrainConfig) -> None:
             )
 
 
-def load_teacher(config: ExtractConfig | PretrainConfig, shape: HubertECGConfig, device: torch.device) -> Latent | None:
+def load_teacher(config: FeatureConfig, shape: HubertECGConfig, device: torch.device) -> Latent | None:
     """The model whose hidden states a run clusters; None where features are of the signal.
 
     Args:

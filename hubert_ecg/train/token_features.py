@@ -1,4 +1,4 @@
-"""Features of the tokens of many records: computed, in memory, in a file, or in a folder that is read piece by piece."""
+"""Features of the tokens of many records: in memory, in a file, or in a folder that is read piece by piece."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hubert_ecg.signal import LEADS
 from hubert_ecg.train.records import lead_lengths
 
 if TYPE_CHECKING:
-    from hubert_ecg.data import Store
+    from hubert_ecg.data import Batch, Store
     from hubert_ecg.train.pseudo_labels import Featuriser
 
 _ARRAYS = ("features", "valid")
@@ -44,8 +44,8 @@ class TokenFeatures:
     ``valid.npy`` and ``records.json``, which is mapped and may be larger than memory.
 
     Args:
-        features: ``[N, tokens, D] float32``, latent ones float16: clusters of either are the same but for tokens that lie
-            between two of them.
+        features: ``[N, tokens, D] float32``, latent ones float16: clusters of either are the same but for tokens that
+            lie between two of them.
         valid: ``[N, tokens] bool``: False where a token sees padding.
         record_ids: N names.
         settings: How they were made.
@@ -222,31 +222,24 @@ class FeatureWork:
             share: Which records.
             title: What a progress bar says; None shows none.
         """
-        loader = Loader(
-            self.store,
-            self.records[share],
-            _BATCH,
-            crop_s=self.crop_s,
-            crop="first",
-            shuffle=False,
-            num_workers=self.num_workers,
-        )
-        batches = track(
-            loader.batches(0),
-            title or "",
-            len(loader),
-            console=Console(stderr=True),
-            transient=True,
-            disable=title is None,
-        )
         first = 0
-        for batch in batches:
+        for batch in self.batches(self.records[share], title):
             x = self.featuriser(batch)
             rows = slice(first, first + len(x))
             values[rows] = x.cpu().numpy()
             valid[rows] = token_mask(self.model, lead_lengths(batch), batch.ecg.shape[-1]).numpy()
             forget_pages(values)
             first += len(x)
+
+    def batches(self, records: np.ndarray, title: str | None = None) -> Iterator[Batch]:
+        """First crops of these records, in their order, with a progress bar of that title."""
+        loader = Loader(
+            self.store, records, _BATCH, crop_s=self.crop_s, crop="first", shuffle=False, num_workers=self.num_workers
+        )
+        console = Console(stderr=True)
+        yield from track(
+            loader.batches(0), title or "", len(loader), console=console, transient=True, disable=title is None
+        )
 
     def record_ids(self, share: slice) -> list[str]:
         return self.store.index["record_id"].to_numpy()[self.records[share]].tolist()
