@@ -173,14 +173,13 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
         What :func:`train` returns, and whether anything was done again.
     """
     config, folder, kmeans = run.config, run.folder, list[clustering.KMeans]()
-    teacher = None if run.teacher is None else weights_hash(run.teacher.model.state_dict())
     given = config.kmeans_path and [
         kmeans_hash(clustering.KMeans.load(path.strip())) for path in str(config.kmeans_path).split(",")
     ]
     of_clusters = {
         "records": data_key(run.store, run.clustered),
         "feature_type": config.feature_type,
-        "teacher": teacher,
+        "teacher": run.featuriser.teacher_hash,
         "teacher_layer": run.teacher and run.teacher.layer,
         "crop_s": config.crop_s,
         "num_clusters": None if given else config.num_clusters,
@@ -193,7 +192,8 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
         found = None
         if _may_skip(run, stage, " clusters", anew):
             found = _load_kmeans(folder, number, stage.result)
-            if found is None:
+            if distributed.agreed(found is None):
+                found = None
                 run.tell(f"done again: {kmeans_file(folder, 0, number)} is not what it was", " clusters")
         anew = anew or (found is None and stage.begun and stage.done)
         if found is None:
@@ -207,7 +207,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     of_training = {
         "records": data_key(run.store, run.train, run.validation),
         "clusters": [kmeans_hash(one) for one in kmeans],
-        "teacher": teacher,
+        "teacher": run.featuriser.teacher_hash,
         "start_from": config.start_from and weights_hash(read_weights(locate(config.start_from))[1]),
         "batch_size": config.batch_size * distributed.num_ranks(),
         **own,
@@ -227,7 +227,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     # What is done is never continued: it is done again because something changed. Of what is not, other settings are
     # refused by the loop.
     resume = config.resume and not (anew or stage.done or inputs_changed)
-    anew = anew or (stage.begun and not resume)
+    resume, anew = distributed.agreed((resume, anew or (stage.begun and not resume)))
     _begin(stage)
     result = train(dataclasses.replace(run, config=dataclasses.replace(config, resume=resume)), kmeans, " train")
     told = {name: result[name] for name in ("step", "finished", "best_step", "metrics")}
@@ -238,7 +238,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
 def _may_skip(run: Run, stage: Stage, name: str, anew: bool) -> bool:
     """Whether a stage is done and nothing has changed; tells the user in either case."""
     changed = stage.changed()
-    if stage.done and not changed and not anew:
+    if distributed.agreed(stage.done and not changed and not anew):
         run.tell("done before with the same settings and inputs", name)
         return True
     if stage.done:

@@ -30,7 +30,7 @@ from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.pseudo_labels import Featuriser, PseudoLabels, StoredLabels
 from hubert_ecg.train.records import data_key, lead_lengths, open_records, random_crops, split_for_pretraining
 from hubert_ecg.train.schedule import seed_of
-from hubert_ecg.train.teacher import load_start, load_teacher, weights_hash
+from hubert_ecg.train.teacher import load_start, load_teacher
 from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
 
 NAME = "hubert_ecg"
@@ -170,7 +170,8 @@ def find_targets(run: Run, stage: str = "") -> list[clustering.KMeans]:
         scores = "  ".join(f"{name} {value:.4g}" for name, value in quality["scores"].items() if value is not None)
         run.tell(f"{len(one.counts)} clusters of {num_tokens} tokens  {scores}", stage)
     distributed.gather(None)
-    return models
+    # Copies, which hold no features.
+    return [clustering.KMeans.from_state(kmeans.state()) for kmeans in models]
 
 
 def check_num_clusters(run: Run, num_clusters: int, num_tokens: int) -> None:
@@ -261,8 +262,7 @@ def saved_kmeans(run: Run) -> list[clustering.KMeans]:
     """
     path = run.folder / "checkpoint.safetensors"
     state = checkpoint.load(path)["objective"]
-    teacher = None if run.teacher is None else weights_hash(run.teacher.model.state_dict())
-    if state["teacher"] != teacher:
+    if state["teacher"] != run.featuriser.teacher_hash:
         raise UserError(f"resume: --teacher {run.config.teacher} has other weights than in the run of {path}")
     return [clustering.KMeans.from_state(one) for one in state["kmeans"]]
 

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -410,3 +412,43 @@ def test_the_page_of_recipes_is_what_the_presets_set():
         config = cli.parse("pretrain", ["--preset", preset, "--data_path", "x"])
         assert iterations.later_configs(config)[0]["num_clusters"] == 500
         iterations.check_settings(config)
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from hubert_ecg import cli
+from hubert_ecg.train import distributed
+sys.path.insert(0, sys.argv[4])
+from test_iterations import settings, find_targets, open_run
+out, store, teacher = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+latent = {"feature_type": "latent", "teacher": teacher}
+flags = [word for name, value in latent.items() for word in (f"--{name}", value)]
+with distributed.ranks("cpu") as (device, _, _):
+    find_targets(open_run(settings(out, store, **latent), "both", device))
+    common = ["--data_path", str(store), "--num_workers", "0", "--device", "cpu", *flags]
+    assert cli.main(["extract", *common, "--output_path", str(out / "features")]) == 0
+    kmeans = str(out / "hubert_ecg" / "kmeans.safetensors")
+    assert cli.main(["label", *common, "--kmeans_path", kmeans, "--name", sys.argv[5]]) == 0
+"""
+
+
+def test_ranks_share_features_clusters_and_labels(straight, cohort, tmp_path):
+    teacher = str(straight[0] / "hubert_ecg.pt")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    for name, num_ranks in (("one", 1), ("two", 2)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+        command += [str(tmp_path / "script.py"), str(tmp_path / name), str(cohort.path), teacher]
+        command += [str(Path(__file__).parent), name]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("both: 8 clusters of") == 1
+    one, two = (TokenFeatures.load(tmp_path / name / "features") for name in ("one", "two"))
+    assert one.record_ids == two.record_ids
+    np.testing.assert_allclose(one.features, two.features, rtol=0, atol=2e-3)
+    centers = [
+        KMeans.load(tmp_path / name / "hubert_ecg" / "kmeans.safetensors").cluster_centers_ for name in ("one", "two")
+    ]
+    np.testing.assert_allclose(*centers, rtol=0, atol=1e-3)
+    assert (cohort.labels("one").values == cohort.labels("two").values).mean() > 0.99

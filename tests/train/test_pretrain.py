@@ -308,6 +308,7 @@ def test_a_collapse_is_said_once_until_it_is_mended(cohort, tmp_path, capsys):
     objective = objective_of(config)
     objective.model.eval()
     objective.warmup_steps = 2
+    capsys.readouterr()
     guesses = {True: torch.zeros, False: lambda *shape, dtype: torch.arange(math.prod(shape)).view(shape) % 24}
 
     def validate(step, collapsed):
