@@ -15,7 +15,7 @@ from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.features import default_layer
 from hubert_ecg.files import replacing
 from hubert_ecg.models.encoder import num_tokens
-from hubert_ecg.models.pretrained import locate, read_weights
+from hubert_ecg.models.pretrained import read_weights
 from hubert_ecg.signal import LEADS
 from hubert_ecg.train import distributed
 from hubert_ecg.train.clusters import kmeans_hash
@@ -208,7 +208,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
         "records": data_key(run.store, run.train, run.validation),
         "clusters": [kmeans_hash(one) for one in kmeans],
         "teacher": run.featuriser.teacher_hash,
-        "start_from": config.start_from and weights_hash(read_weights(locate(config.start_from))[1]),
+        "start_from": None if run.start is None else weights_hash(run.start),
         "batch_size": config.batch_size * distributed.num_ranks(),
         **own,
     }

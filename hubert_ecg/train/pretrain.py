@@ -30,7 +30,7 @@ from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.pseudo_labels import Featuriser, PseudoLabels, StoredLabels
 from hubert_ecg.train.records import data_key, lead_lengths, open_records, random_crops, split_for_pretraining
 from hubert_ecg.train.schedule import seed_of
-from hubert_ecg.train.teacher import load_start, load_teacher
+from hubert_ecg.train.teacher import load_start, load_teacher, read_start
 from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
 
 NAME = "hubert_ecg"
@@ -49,6 +49,7 @@ class Run:
         validation: Positions of those that validate.
         shape: Shape of the model; its number of clusters is not known yet where k-means comes from a file.
         teacher: Whose hidden states are clustered; None where features are of the signal.
+        start: Weights to start from; None draws them.
     """
 
     config: PretrainConfig
@@ -59,6 +60,7 @@ class Run:
     validation: np.ndarray
     shape: HubertECGConfig
     teacher: Latent | None
+    start: dict[str, Tensor] | None
 
     @property
     def folder(self) -> Path:
@@ -85,7 +87,7 @@ class Run:
 
 
 def open_run(config: PretrainConfig, title: str, device: torch.device) -> Run:
-    """Open the records and the teacher of an iteration.
+    """Open the records of an iteration, and the models it begins with.
 
     Raises:
         UserError: If the data or the settings do not allow it.
@@ -96,7 +98,8 @@ def open_run(config: PretrainConfig, title: str, device: torch.device) -> Run:
         store = open_records(config, config.downsampling_factor, config.compat)
     train, validation, news = split_for_pretraining(store, config.validation_share, config.seed)
     teacher = None if config.labels else load_teacher(config, shape, device)
-    run = Run(config, title, device, store, train, validation, shape, teacher)
+    start = None if config.start_from is None else read_start(config.start_from, shape)
+    run = Run(config, title, device, store, train, validation, shape, teacher, start)
     run.tell(news)
     return run
 
@@ -201,8 +204,8 @@ def train(run: Run, kmeans: Sequence[clustering.KMeans], stage: str = "") -> dic
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, run.shape, labels, store, run.validation, run.device, title)
     resumed = config.resume and distributed.agreed((run.folder / "checkpoint.safetensors").is_file())
-    if config.start_from is not None and not resumed:
-        load_start(objective.model, config.start_from, run.shape)
+    if run.start is not None and not resumed:
+        load_start(objective.model, run.start, str(config.start_from))
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,

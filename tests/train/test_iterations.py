@@ -19,7 +19,7 @@ from hubert_ecg import KMeans, cli, features, train
 from hubert_ecg.config import PRETRAIN_PRESETS, PretrainConfig, UserError
 from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file, save_file
-from hubert_ecg.train import clusters, iterations
+from hubert_ecg.train import clusters, iterations, records
 from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.pretrain import MaskedPrediction, find_targets, open_run
 from hubert_ecg.train.pseudo_labels import PseudoLabels
@@ -87,8 +87,8 @@ def test_later_targets_are_clusters_of_the_model_before(straight, cohort, cohort
     folder, _ = straight
     model = folder / "iteration_1" / "hubert_ecg.pt"
     kmeans = KMeans.load(folder / "iteration_2" / "hubert_ecg" / "kmeans.safetensors")
-    records = cohort.split("train")
-    (batch,) = Loader(cohort, records, len(records), crop="first", num_workers=0).batches(0)
+    positions = cohort.split("train")
+    (batch,) = Loader(cohort, positions, len(positions), crop="first", num_workers=0).batches(0)
     with torch.no_grad():
         # Layer 3 of 4: five sixths of the depth.
         x = HubertECG.from_pretrained(model)(batch.ecg, output_hidden_states=True).hidden_states[3]
@@ -260,11 +260,8 @@ def test_clusters_of_a_folder_are_those_of_memory(straight, cohort_path, tmp_pat
     teacher = {"feature_type": "latent", "teacher": str(straight[0] / "hubert_ecg.pt"), "teacher_layer": 2}
     config = settings(tmp_path / "a", cohort_path, **teacher)
     (memory,) = find_targets(open_run(config, "a", CPU))
-    for module in (clusters, find_targets.__globals__):
-        if isinstance(module, dict):
-            monkeypatch.setitem(module, "IN_MEMORY_BYTES", 0)
-        else:
-            monkeypatch.setattr(module, "IN_MEMORY_BYTES", 0)
+    for module in (clusters, sys.modules[find_targets.__module__]):
+        monkeypatch.setattr(module, "IN_MEMORY_BYTES", 0)
     (streamed,) = find_targets(open_run(dataclasses.replace(config, output_dir=tmp_path / "b"), "b", CPU))
     np.testing.assert_array_equal(memory.cluster_centers_, streamed.cluster_centers_)
     assert not (tmp_path / "b" / "hubert_ecg" / "features").exists()
@@ -313,8 +310,6 @@ def test_an_ensemble_has_a_head_and_a_codebook_for_each_model(straight, cohort, 
 
 
 def test_stored_labels_train_the_model_that_online_labels_of_the_same_crops_do(cohort, tmp_path, monkeypatch):
-    from hubert_ecg.train import pretrain, records
-
     kmeans = find_targets(open_run(settings(tmp_path, cohort.path), "a", CPU))
     path = tmp_path / "hubert_ecg" / "kmeans.safetensors"
     argv = ["label", "--data_path", str(cohort.path), "--kmeans_path", f"{path},{path}", "--name", "twice"]
@@ -328,8 +323,11 @@ def test_stored_labels_train_the_model_that_online_labels_of_the_same_crops_do(c
 
     by_column = train.pretrain(settings(tmp_path / "column", cohort.path, labels="twice"))
     crops = records.random_crops
-    first = lambda *a, **k: crops(*a, **k | {"labels": ["twice"]})  # noqa: E731
-    monkeypatch.setattr(pretrain, "random_crops", first)
+    monkeypatch.setattr(
+        sys.modules[MaskedPrediction.__module__],
+        "random_crops",
+        lambda *given, **named: crops(*given, **named | {"labels": ["twice"]}),
+    )
     in_step = train.pretrain(settings(tmp_path / "step", cohort.path, kmeans_path=f"{path},{path}"))
     assert_same_weights(by_column["model"], in_step["model"])
 
