@@ -79,7 +79,8 @@ def span_mask(
     if device is None:
         device = next((given.device for given in (valid, record_ids, seed) if isinstance(given, Tensor)), "cpu")
     device = torch.device(device)
-    valid, record_ids = (None if given is None else given.to(device) for given in (valid, record_ids))
+    away = device.type != "cpu"
+    valid, record_ids = (None if x is None else x.to(device, non_blocking=away) for x in (valid, record_ids))
     seed = _dropout.check("span_mask", 1.0, seed, device)
     return _span_mask.call(num_records, num_tokens, mask_prob, mask_length, valid, seed, record_ids, min_masks)
 

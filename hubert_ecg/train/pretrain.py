@@ -47,11 +47,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     check_wandb(config.wandb)
     if config.compat == "published" and config.crop_s != 5:
         raise UserError(f"pretrain: crop_s must be 5 with compat published, got {config.crop_s:g}")
-    with distributed.ranks(config.device) as (device, rank, _):
-        return _pretrain(config, device, rank)
+    with distributed.ranks(config.device) as (device, rank, num_ranks):
+        return _pretrain(config, device, rank, num_ranks)
 
 
-def _pretrain(config: PretrainConfig, device: torch.device, rank: int) -> dict[str, Any]:
+def _pretrain(config: PretrainConfig, device: torch.device, rank: int, num_ranks: int) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     shape = model_config(config)
     folder = Path(config.output_dir) / NAME
@@ -75,7 +75,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, rank: int) -> dict[s
 
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, shape, kmeans, store, validation, device)
-    loader = random_crops(store, train, config, shuffle=True)
+    loader = random_crops(store, train, config, shuffle=True, rank=rank, num_ranks=num_ranks)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,

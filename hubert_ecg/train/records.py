@@ -31,9 +31,15 @@ def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, 
 
 
 def random_crops(
-    store: Store, indices: np.ndarray, config: PretrainConfig | FinetuneConfig, *, shuffle: bool
+    store: Store,
+    indices: np.ndarray,
+    config: PretrainConfig | FinetuneConfig,
+    *,
+    shuffle: bool,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Loader:
-    """Batches of random crops of these records; which ones follows from the seed and the epoch."""
+    """Batches of random crops of these records, or the part of a rank; which ones follows from the seed and the epoch."""
     return data.Loader(
         store,
         indices,
@@ -43,6 +49,8 @@ def random_crops(
         shuffle=shuffle,
         seed=config.seed,
         num_workers=config.num_workers,
+        rank=rank,
+        num_ranks=num_ranks,
     )
 
 
