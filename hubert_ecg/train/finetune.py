@@ -72,7 +72,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, rank: int, num_ranks
     torch.manual_seed(config.seed)
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
-    loader = random_crops(store, records.train, config, shuffle=True, rank=rank, num_ranks=num_ranks)
+    loader = random_crops(store, records.train, config, shuffle=True, rank=rank, num_ranks=num_ranks, device=device)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,

@@ -75,7 +75,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, rank: int, num_ranks
 
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, shape, kmeans, store, validation, device)
-    loader = random_crops(store, train, config, shuffle=True, rank=rank, num_ranks=num_ranks)
+    loader = random_crops(store, train, config, shuffle=True, rank=rank, num_ranks=num_ranks, device=device)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,
@@ -189,7 +189,7 @@ class MaskedPrediction(Objective):
         self.file = Path(config.output_dir) / f"{NAME}.pt"
         # Random crops, but always those of epoch 0: every validation sees the same samples under the same mask.
         self.share = distributed.Share(validation, config.batch_size)
-        self.validation = random_crops(store, self.share.indices, config, shuffle=False)
+        self.validation = random_crops(store, self.share.indices, config, shuffle=False, device=device)
 
     def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float] | Tensor:
         inputs = self._prepared[micro] = self._inputs(batch, 0, step)

@@ -11,6 +11,7 @@ from hubert_ecg import data
 from hubert_ecg.config import Compat, DataConfig, FinetuneConfig, LabelledConfig, PretrainConfig, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hubert_ecg.data import Batch, Loader, Store
@@ -38,8 +39,9 @@ def random_crops(
     shuffle: bool,
     rank: int = 0,
     num_ranks: int = 1,
+    device: torch.device | None = None,
 ) -> Loader:
-    """Batches of random crops of these records, or the part of a rank; which ones follows from the seed and the epoch."""
+    """Batches of random crops of these records, or a rank's part of each; they follow from the seed and the epoch."""
     return data.Loader(
         store,
         indices,
@@ -51,6 +53,7 @@ def random_crops(
         num_workers=config.num_workers,
         rank=rank,
         num_ranks=num_ranks,
+        device=device,
     )
 
 
