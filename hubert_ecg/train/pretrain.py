@@ -207,10 +207,20 @@ def train(run: Run, kmeans: Sequence[clustering.KMeans], stage: str = "") -> dic
     if run.start is not None and not resumed:
         load_start(objective.model, run.start, str(config.start_from))
     ids = store.index["record_id"].to_numpy()
+    loader = random_crops(
+        store,
+        run.train,
+        config,
+        shuffle=True,
+        labels=labels.names,
+        rank=distributed.rank(),
+        num_ranks=distributed.num_ranks(),
+        device=run.device,
+    )
     loop = Loop(
         config,
         objective,
-        random_crops(store, run.train, config, shuffle=True, labels=labels.names),
+        loader,
         folder=run.folder,
         device=run.device,
         dtype=machine.dtype(config.precision, run.device),
@@ -334,7 +344,9 @@ class MaskedPrediction(Objective):
         self.file = Path(config.output_dir) / f"{NAME}.pt"
         # Random crops, but always those of epoch 0: every validation sees the same samples under the same mask.
         self.share = distributed.Share(validation, config.batch_size)
-        self.validation = random_crops(store, self.share.indices, config, shuffle=False, labels=labels.names)
+        self.validation = random_crops(
+            store, self.share.indices, config, shuffle=False, labels=labels.names, device=device
+        )
         self._places = token_places(self.validation.num_samples, shape.sampling_rate_hz).to(device)
 
     def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float] | Tensor:
