@@ -21,20 +21,11 @@ from hubert_ecg.train import distributed
 from hubert_ecg.train.clusters import kmeans_hash
 from hubert_ecg.train.logs import check_wandb
 from hubert_ecg.train.loop import MAY_DIFFER
-from hubert_ecg.train.pretrain import (
-    NAME,
-    Run,
-    check_num_clusters,
-    files_of,
-    find_targets,
-    kmeans_file,
-    model_config,
-    open_run,
-    saved_kmeans,
-    train,
-)
+from hubert_ecg.train.pretrain import train
 from hubert_ecg.train.records import data_key
+from hubert_ecg.train.run import NAME, Run, files_of, kmeans_file, model_config, open_run
 from hubert_ecg.train.stages import Stage
+from hubert_ecg.train.targets import check_num_clusters, find_targets, saved_kmeans
 from hubert_ecg.train.teacher import check_flags, weights_hash
 
 _T = TypeVar("_T", int, float)

@@ -21,9 +21,11 @@ from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file, save_file
 from hubert_ecg.train import clusters, iterations, records
 from hubert_ecg.train.loop import Interrupted
-from hubert_ecg.train.pretrain import MaskedPrediction, find_targets, open_run
+from hubert_ecg.train.pretrain import MaskedPrediction
 from hubert_ecg.train.pseudo_labels import PseudoLabels
+from hubert_ecg.train.run import open_run
 from hubert_ecg.train.stages import Stage
+from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.token_features import TokenFeatures
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,8 +23,10 @@ from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretrainin
 from hubert_ecg.train import checkpoint
 from hubert_ecg.train.cluster_use import ClusterUse, effective_number
 from hubert_ecg.train.loop import Interrupted
-from hubert_ecg.train.pretrain import MaskedPrediction, find_targets, model_config, open_run
+from hubert_ecg.train.pretrain import MaskedPrediction
 from hubert_ecg.train.pseudo_labels import PseudoLabels
+from hubert_ecg.train.run import model_config, open_run
+from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.throughput import COLUMNS
 from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
 
