@@ -37,7 +37,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
             *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
-            "num_bootstrap",
+            *("num_bootstrap", "num_records", "max_clusters"),
         ),
         ("at least 1", lambda x: x >= 1),
     ),
@@ -347,6 +347,36 @@ class EvaluateConfig(LabelledConfig):
     num_bootstrap: int = 1000
     confidence: float = 0.95
     threshold: float | None = None
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig(DataConfig):
+    """Show what the pseudo-labels are: their use, samples, leads, place in the beat, and what they tell of labels.
+
+    Args:
+        model_path: A run of the pretrain command: its .pt file or folder. Its clusters are looked at, with its
+            feature_type, downsampling_factor, compat and crop_s.
+        kmeans_path: A k-means model of the cluster command, in place of a run.
+        feature_type: What the k-means model was fitted on: mfcc, time_freq or mixed.
+        output_dir: Folder for audit.html and audit.json. Default: beside the k-means model.
+        dataset: Name of the data set in data_path, or "auto".
+        num_records: Look at this many records at most, drawn by seed.
+        crop_s: Seconds of each record, from its beginning.
+        max_clusters: Draw this many clusters, by falling use.
+        batch_size: Records in a batch.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    model_path: Path | None = None
+    kmeans_path: Path | None = None
+    feature_type: FeatureType = "mfcc"
+    output_dir: Path | None = None
+    dataset: str = "auto"
+    num_records: int = 2000
+    crop_s: float = 5.0
+    max_clusters: int = 30
+    batch_size: int = 256
     device: str = "auto"
 
 

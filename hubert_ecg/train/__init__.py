@@ -1,5 +1,6 @@
-"""Training: the extract, cluster, pretrain, finetune and evaluate commands, and prediction with their models."""
+"""Training: the extract, cluster, audit, pretrain, finetune and evaluate commands, and prediction with their models."""
 
+from hubert_ecg.train.audit import audit
 from hubert_ecg.train.evaluate import evaluate
 from hubert_ecg.train.extract import cluster_features, extract_features
 from hubert_ecg.train.finetune import finetune
@@ -7,4 +8,4 @@ from hubert_ecg.train.machine import device
 from hubert_ecg.train.predict import predict
 from hubert_ecg.train.pretrain import pretrain
 
-__all__ = ["cluster_features", "device", "evaluate", "extract_features", "finetune", "predict", "pretrain"]
+__all__ = ["audit", "cluster_features", "device", "evaluate", "extract_features", "finetune", "predict", "pretrain"]
