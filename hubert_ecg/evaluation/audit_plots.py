@@ -46,7 +46,7 @@ def cluster_rows(clusters: Sequence[dict[str, Any]], axes: dict[str, Any], unit:
                 "hspace": 0.28,
             },
         )
-        for row, cluster in zip(grid, clusters, strict=True):
+        for place, (row, cluster) in enumerate(zip(grid, clusters, strict=True), 1):
             _samples(row[0], cluster, axes)
             _spectrum(row[1], cluster, axes)
             _shares(row[2], axes["phase"], cluster["phase_counts"], axes["phase_counts"])
@@ -54,9 +54,9 @@ def cluster_rows(clusters: Sequence[dict[str, Any]], axes: dict[str, Any], unit:
             row[2].set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1])
             row[3].set(xlim=(-0.6, len(axes["leads"]) - 0.4), xticks=range(len(axes["leads"])))
             for panel in row:
-                panel.tick_params(labelsize=7.5, labelbottom=row is grid[-1], length=2.5)
-            lines = [f"cluster {cluster['cluster']}", f"{cluster['share']:.2%} of tokens"]
-            lines += [f"{cluster['share_of_records']:.0%} of records"]
+                panel.tick_params(labelsize=7.5, labelbottom=place == len(clusters), length=2.5)
+            lines = [f"cluster {cluster['cluster']}", f"{100 * cluster['share']:.2f} % of tokens"]
+            lines += [f"{100 * cluster['share_of_records']:.0f} % of records"]
             for line, text in enumerate(lines):
                 how = {"fontweight": "bold", "fontsize": 9.0} if line == 0 else {"fontsize": 8.0}
                 row[0].text(-0.175, 0.80 - 0.19 * line, text, transform=row[0].transAxes, ha="right", **how)
