@@ -70,7 +70,7 @@ def cluster_rows(clusters: Sequence[dict[str, Any]], axes: dict[str, Any], unit:
             panel.set_title(title, fontsize=9.5)
             below.set_xlabel(label, fontsize=8)
         grid[-1][2].set_xticklabels(["R", "¼", "½", "¾", "R"])
-        grid[-1][3].set_xticklabels(axes["leads"])
+        grid[-1][3].set_xticklabels(axes["leads"], fontsize=6.5)
     return figure
 
 

@@ -204,12 +204,12 @@ def to_text(content: Any) -> str:
 
 
 def write_audit(
-    folder: str | Path, found: Mapping[str, Any], *, title: str, max_clusters: int, facts: Mapping[str, Any]
+    path: str | Path, found: Mapping[str, Any], *, title: str, max_clusters: int, facts: Mapping[str, Any]
 ) -> None:
-    """Write what :meth:`hubert_ecg.evaluation.audit.ClusterAudit.result` found as ``audit.html`` and ``audit.json``.
+    """Write what :meth:`hubert_ecg.evaluation.audit.ClusterAudit.result` found, as a page and as JSON.
 
     Args:
-        folder: Where to.
+        path: Of both files, which add .html and .json.
         found: The numbers, and ``stability``: name -> share of the tokens that keep their cluster.
         title: Heading.
         max_clusters: Clusters that are drawn, by falling use; the JSON file has all of them.
@@ -217,7 +217,7 @@ def write_audit(
     """
     from hubert_ecg.evaluation import audit, audit_plots, plots
 
-    folder, picture = Path(folder), pictures()
+    path, picture = Path(path), pictures()
     unit = "scaled units"
     drawn = [cluster for cluster in found["clusters"][:max_clusters] if cluster["num_tokens"]]
     step = audit_plots.CLUSTERS_IN_PICTURE
@@ -226,7 +226,7 @@ def write_audit(
     bars = [("lead", told["lead"]), ("position in the beat", told["beat"])]
     bars += [(f"labels: {task}", audit.Information(*(of[name] for name in _TOLD))) for task, of in tasks.items()]
     write_page(
-        folder / "audit.html",
+        path.with_suffix(".html"),
         "audit.html.j2",
         title=title,
         found=found,
@@ -250,7 +250,7 @@ def write_audit(
     )
     clusters = [{key: value for key, value in of.items() if key != "examples"} for of in found["clusters"]]
     content = {"title": title, **found, "clusters": clusters, "facts": dict(facts)}
-    write_text(folder / "audit.json", to_text(content))
+    write_text(path.with_suffix(".json"), to_text(content))
 
 
 def _comparable(runs: Mapping[str, Evaluation] | None) -> dict[str, Evaluation]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -528,12 +528,18 @@ class Encoder(nn.Module):
     """Positional convolution and transformer layers.
 
     Set ``gradient_checkpointing`` to recompute layers in the backward pass instead of keeping their activations.
+
+    Attributes:
+        layerdrop_seed: What LayerDrop draws from, the same on all ranks; None draws from torch's CPU generator.
+        kept: Which layers ran in the last training pass.
     """
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
         self.layerdrop = config.layerdrop
+        self.layerdrop_seed: int | None = None
         self.gradient_checkpointing = False
+        self.kept: Sequence[bool] = [True] * config.num_hidden_layers
         self.pos_conv_embed = PositionalConv(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -575,10 +581,19 @@ class Encoder(nn.Module):
         return x, tuple(states) if output_hidden_states else None
 
     def _draw_layers(self) -> Sequence[bool]:
-        """Which layers run: LayerDrop, drawn on the host from torch's CPU generator, so no device waits for it."""
+        """Which layers run: LayerDrop, drawn on the host, so that no device waits for it."""
         if not self.training or self.layerdrop == 0:
             return [True] * len(self.layers)
-        return (torch.rand(len(self.layers), device="cpu") >= self.layerdrop).tolist()
+        seed = self.layerdrop_seed
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.kept = (torch.rand(len(self.layers), generator=generator, device="cpu") >= self.layerdrop).tolist()
+        return self.kept
+
+    def dropped_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the layers that did not run in the last training pass."""
+        for layer, kept in zip(self.layers, self.kept, strict=True):
+            if not kept:
+                yield from layer.parameters()
 
     def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:

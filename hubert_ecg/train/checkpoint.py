@@ -7,7 +7,6 @@ the path of their keys (``model/encoder.layers.0...``), all else into its metada
 from __future__ import annotations
 
 import json
-import random
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from hubert_ecg.config import UserError
 from hubert_ecg.files import replacing
 
 _KEY = "hubert_ecg_checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -63,35 +62,6 @@ def load(path: Path) -> dict[str, Any]:
     if header["crc32"] != _crc32(tensors):
         raise UserError(f"checkpoint: {path} is damaged (checksum differs); delete it, or start without --resume")
     return _unpack(header["state"], tensors)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of every global random generator that a step may draw from."""
-    version, numbers, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
-        "numpy": {
-            "algorithm": algorithm,
-            "keys": np.asarray(keys, dtype=np.int64),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-    }
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back. A state saved on another kind of device restores what the two have in common."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
-    keys = numpy["keys"].astype(np.uint32)
-    np.random.set_state((numpy["algorithm"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
 
 
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: frozenset[str], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from hubert_ecg import data, evaluation
 from hubert_ecg.config import FinetuneConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, save_file
 from hubert_ecg.models.pretrained import locate, read_weights
-from hubert_ecg.train import machine
+from hubert_ecg.train import distributed, machine
 from hubert_ecg.train.logs import check_wandb, say
-from hubert_ecg.train.loop import Loop, Objective
+from hubert_ecg.train.loop import Loop
+from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.predict import even_loader, scan
 from hubert_ecg.train.records import (
     data_key,
@@ -41,6 +42,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     preprocessing settings) and the folder ``<dataset>_<task>`` with the same for ``from_pretrained``, ``last/``,
     ``checkpoint.safetensors``, ``metrics.csv``, ``settings.json`` and TensorBoard events.
 
+    Under torchrun, batches are ``batch_size`` records on each rank, and rank 0 writes the files.
+
     Returns:
         ``model`` (the .pt file), ``folder``, ``metrics_csv``, ``step``, ``finished``, ``best_step`` and ``metrics`` of
         the best validation.
@@ -51,12 +54,17 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     check_wandb(config.wandb)
     data.check_task(config.dataset, config.data_path, config.task)
-    device = machine.device(config.device)
+    with distributed.ranks(config.device) as (device, _, _):
+        return _finetune(config, device)
+
+
+def _finetune(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     name = f"{config.dataset}_{config.task}"
     pretrained = input_settings(config)
 
-    store = open_records(config, **pretrained)
+    with distributed.rank_0_first():
+        store = open_records(config, **pretrained)
     records = TaskRecords(store, config)
     for line in records.news:
         say(f"finetune: {line}")
@@ -261,13 +269,17 @@ class Classification(Objective):
             self.metrics, self.monitor, self.higher_is_better = ("rmse", "r2"), "rmse", False
         else:
             if config.class_weights:
-                self.weight = torch.from_numpy(positive_weights(train)).to(device)
+                weight = positive_weights(train)
+                self.weight = torch.from_numpy(weight).to(device)
+                # A mean over classes of different weight is one over the weights.
+                self.record_weight = weight[targets.argmax(1)].astype(np.float64)
             self.metrics = ("auroc", "auprc")
             self.monitor, self.higher_is_better = ("auroc", True) if records.has_auroc else ("loss", False)
         standardised = np.nan_to_num((targets - self.mean) / self.scale).astype(np.float32)
         self.targets = torch.from_numpy(standardised).to(device)
+        self.share = distributed.Share(records.validation, config.batch_size)
         self.validation = even_loader(
-            records.store, records.validation, config.batch_size, config.num_crops, config.crop_s, config.num_workers
+            records.store, self.share.indices, config.batch_size, config.num_crops, config.crop_s, config.num_workers
         )
         self._last_scores = np.empty((0, 0))
 
@@ -276,8 +288,13 @@ class Classification(Objective):
         for module in self.frozen:
             module.eval()
 
+    def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float]:
+        if self.records.problem != "multiclass" or self.weight is None:
+            return (len(batch.index),)
+        return (float(self.record_weight[batch.index].sum()),)
+
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = self.targets[batch.index.to(self.device)]
+        targets = self.targets[batch.index.to(self.device, non_blocking=True)]
         output = self.model(
             batch.ecg.to(self.device, non_blocking=True),
             targets=targets,
@@ -288,7 +305,7 @@ class Classification(Objective):
 
     def validate(self, poll: Callable[[], None]) -> dict[str, float]:
         scores, loss = scan(
-            self.model, self.validation, self.device, targets=self.targets, weight=self.weight, poll=poll
+            self.model, self.validation, self.device, self.share, targets=self.targets, weight=self.weight, poll=poll
         )
         scores = scores * self.scale + self.mean
         self._last_scores = scores

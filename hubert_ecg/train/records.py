@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,18 +32,27 @@ def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, 
 
 
 def random_crops(
-    store: Store, indices: np.ndarray, config: PretrainConfig | FinetuneConfig, *, shuffle: bool
+    store: Store,
+    indices: np.ndarray,
+    config: PretrainConfig | FinetuneConfig,
+    *,
+    shuffle: bool,
+    labels: Sequence[str] = (),
 ) -> Loader:
-    """Batches of random crops of these records; which ones follows from the seed and the epoch."""
+    """Batches of random crops of these records; which ones follows from the seed and the epoch.
+
+    With precomputed labels of tokens, crops are where these are: at the beginning of each record.
+    """
     return data.Loader(
         store,
         indices,
         config.batch_size,
         crop_s=config.crop_s,
-        crop="random",
+        crop="first" if labels else "random",
         shuffle=shuffle,
         seed=config.seed,
         num_workers=config.num_workers,
+        labels=labels,
     )
 
 

@@ -25,6 +25,7 @@ from hubert_ecg.train.cluster_use import ClusterUse, effective_number
 from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.pretrain import MaskedPrediction, model_config
 from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans, token_features
+from hubert_ecg.train.throughput import COLUMNS
 
 CPU = torch.device("cpu")
 
@@ -48,8 +49,10 @@ def settings(folder: Path, data_path: Path, **fields) -> PretrainConfig:
 
 
 def rows(folder: Path) -> list[str]:
-    """The log without its last column, the speed."""
-    return [line.rsplit(",", 1)[0] for line in (folder / "hubert_ecg" / "metrics.csv").read_text().splitlines()]
+    """The log without its last columns, the speed."""
+    return [
+        line.rsplit(",", len(COLUMNS))[0] for line in (folder / "hubert_ecg" / "metrics.csv").read_text().splitlines()
+    ]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
