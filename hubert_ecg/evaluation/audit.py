@@ -293,7 +293,7 @@ def mutual_information(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     >>> bits.item(), share.item()
     (1.0, 1.0)
     """
-    flat = table.reshape(*table.shape[:-2], -1)
+    flat = table.reshape(*table.shape[:-2], math.prod(table.shape[-2:]))
     of_y = entropy_bits(table.sum(-2))
     bits = np.maximum(entropy_bits(table.sum(-1)) + of_y - entropy_bits(flat), 0)
     return bits, np.where(of_y > 0, bits / np.where(of_y > 0, of_y, 1), 0)

@@ -9,8 +9,8 @@ import scipy.signal
 _BAND_HZ = (8.0, 20.0)
 # Half of a QRS complex, to smooth over its notches; the heart's refractory time; how far R is from the steepest part.
 _SMOOTH_S, _REFRACTORY_S = 0.05, 0.28
-# A peak is a beat above this share of what the highest of its neighbourhood of so many seconds reach.
-_SHARE, _NEIGHBOURHOOD_S = 0.45, 2.0
+# A peak is a beat above this share of what beats up to so many seconds away reach; at least one in so many is there.
+_SHARE, _NEIGHBOURHOOD_S, _SLOW_BEAT_S = 0.45, 2.0, 1.5
 
 
 def r_peaks(ecg: np.ndarray, rate_hz: float) -> list[np.ndarray]:
@@ -18,8 +18,8 @@ def r_peaks(ecg: np.ndarray, rate_hz: float) -> list[np.ndarray]:
 
     All leads vote: each is filtered to 8-20 Hz and scaled to the strength that its own strongest parts have, so that
     neither polarity nor unit matters and one noisy lead does not decide; their squares are averaged and smoothed over
-    50 ms. A beat is a peak of that (``scipy.signal.find_peaks``) above 0.45 of the height of beats around it, 0.28 s
-    or more from a higher one.
+    50 ms. A beat is a peak of that (``scipy.signal.find_peaks``) above 0.45 of the height of the beats up to 2 s away,
+    0.28 s or more from a higher one. Of a heart slower than 40 beats a minute, T waves may be taken for beats.
 
     Args:
         ecg: ``[B, L, T]``; a lead of zeros is not heard.
@@ -50,9 +50,12 @@ def _peaks(energy: np.ndarray, distance: int, rate_hz: float) -> np.ndarray:
     at = scipy.signal.find_peaks(np.pad(energy, 1), distance=distance)[0] - 1
     if not len(at) or not energy.max() > 0:
         return np.empty(0, np.int64)
-    # Of the peaks around each, the median of the upper half: beats, where there is one in two peaks.
-    near = np.abs(at[:, None] - at) <= _NEIGHBOURHOOD_S * rate_hz
-    level = np.array([np.quantile(energy[at[row]], 0.75) for row in near])
+    # Of the peaks around each, as many of the highest are beats as a slow heart has: the lowest of these.
+    reach = _NEIGHBOURHOOD_S * rate_hz
+    near = np.where(np.abs(at[:, None] - at) <= reach, energy[at], 0)
+    span_s = (np.minimum(at + reach, len(energy)) - np.maximum(at - reach, 0)) / rate_hz
+    num_beats = np.clip((span_s / _SLOW_BEAT_S).astype(int), 1, len(at))
+    level = -np.sort(-near, 1)[np.arange(len(at)), num_beats - 1]
     return at[energy[at] > _SHARE * level].astype(np.int64)
 
 
