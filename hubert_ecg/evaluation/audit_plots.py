@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Clusters in one picture.
 CLUSTERS_IN_PICTURE = 6
-_ROW_IN, _HEAD_IN, _FOOT_IN = 1.32, 0.36, 0.42
+_ROW_IN, _HEAD_IN, _FOOT_IN = 1.32, 0.36, 0.5
 # Decades below its strongest part where a spectrum ends.
 _RANGE_DB = 45.0
 
@@ -70,7 +70,7 @@ def cluster_rows(clusters: Sequence[dict[str, Any]], axes: dict[str, Any], unit:
             panel.set_title(title, fontsize=9.5)
             below.set_xlabel(label, fontsize=8)
         grid[-1][2].set_xticklabels(["R", "¼", "½", "¾", "R"])
-        grid[-1][3].set_xticklabels(axes["leads"], fontsize=6.5)
+        grid[-1][3].set_xticklabels(axes["leads"], fontsize=7, rotation=45)
     return figure
 
 
