@@ -496,8 +496,19 @@ _RECIPE: dict[str, Any] = {
     "iterations": 3,
 }
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
-    "published": {**_RECIPE, "compat": "published", "later_num_clusters": "500", "later_max_steps": "800000"},
-    "corrected": {**_RECIPE, "compat": "corrected", "later_num_clusters": "500,1000", "later_max_steps": "400000"},
+    "published": {
+        **_RECIPE,
+        "compat": "published",
+        "later_num_clusters": "500",
+        "later_max_steps": "800000",
+        "dynamic_regularisation": True,
+    },
+    "corrected": {
+        **_RECIPE,
+        "compat": "corrected",
+        "later_num_clusters": "500,1000",
+        "later_max_steps": "400000",
+    },
 }
 
 

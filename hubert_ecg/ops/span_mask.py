@@ -107,7 +107,9 @@ def span_mask(
     if device is None:
         device = next((given.device for given in (valid, record_ids, seed) if isinstance(given, Tensor)), "cpu")
     device = torch.device(device)
-    valid, record_ids, places = (None if given is None else given.to(device) for given in (valid, record_ids, places))
+    away = device.type != "cpu"
+    given = (valid, record_ids, places)
+    valid, record_ids, places = (None if x is None else x.to(device, non_blocking=away) for x in given)
     seed = _dropout.check("span_mask", 1.0, seed, device)
     return _span_mask.call(
         int(num_records),

@@ -22,9 +22,9 @@ from hubert_ecg.train.clusters import load_kmeans
 from hubert_ecg.train.evaluate import versions
 from hubert_ecg.train.extract import open_work
 from hubert_ecg.train.logs import say
-from hubert_ecg.train.pretrain import ensemble_name
 from hubert_ecg.train.pseudo_labels import PseudoLabels
 from hubert_ecg.train.records import lead_lengths
+from hubert_ecg.train.run import ensemble_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -54,11 +54,11 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     check_wandb(config.wandb)
     data.check_task(config.dataset, config.data_path, config.task)
-    with distributed.ranks(config.device) as (device, _, _):
-        return _finetune(config, device)
+    with distributed.ranks(config.device) as (device, rank, num_ranks):
+        return _finetune(config, device, rank, num_ranks)
 
 
-def _finetune(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
+def _finetune(config: FinetuneConfig, device: torch.device, rank: int, num_ranks: int) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     name = f"{config.dataset}_{config.task}"
     pretrained = input_settings(config)
@@ -72,7 +72,7 @@ def _finetune(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
-    loader = random_crops(store, records.train, config, shuffle=True)
+    loader = random_crops(store, records.train, config, shuffle=True, rank=rank, num_ranks=num_ranks, device=device)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,

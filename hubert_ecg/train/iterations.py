@@ -15,26 +15,17 @@ from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.features import default_layer
 from hubert_ecg.files import replacing
 from hubert_ecg.models.encoder import num_tokens
-from hubert_ecg.models.pretrained import locate, read_weights
+from hubert_ecg.models.pretrained import read_weights
 from hubert_ecg.signal import LEADS
 from hubert_ecg.train import distributed
 from hubert_ecg.train.clusters import kmeans_hash
 from hubert_ecg.train.logs import check_wandb
 from hubert_ecg.train.loop import MAY_DIFFER
-from hubert_ecg.train.pretrain import (
-    NAME,
-    Run,
-    check_num_clusters,
-    files_of,
-    find_targets,
-    kmeans_file,
-    model_config,
-    open_run,
-    saved_kmeans,
-    train,
-)
+from hubert_ecg.train.pretrain import train
 from hubert_ecg.train.records import data_key
+from hubert_ecg.train.run import NAME, Run, files_of, kmeans_file, model_config, open_run
 from hubert_ecg.train.stages import Stage
+from hubert_ecg.train.targets import check_num_clusters, find_targets, saved_kmeans
 from hubert_ecg.train.teacher import check_flags, weights_hash
 
 _T = TypeVar("_T", int, float)
@@ -173,14 +164,13 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
         What :func:`train` returns, and whether anything was done again.
     """
     config, folder, kmeans = run.config, run.folder, list[clustering.KMeans]()
-    teacher = None if run.teacher is None else weights_hash(run.teacher.model.state_dict())
     given = config.kmeans_path and [
         kmeans_hash(clustering.KMeans.load(path.strip())) for path in str(config.kmeans_path).split(",")
     ]
     of_clusters = {
         "records": data_key(run.store, run.clustered),
         "feature_type": config.feature_type,
-        "teacher": teacher,
+        "teacher": run.featuriser.teacher_hash,
         "teacher_layer": run.teacher and run.teacher.layer,
         "crop_s": config.crop_s,
         "num_clusters": None if given else config.num_clusters,
@@ -193,7 +183,8 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
         found = None
         if _may_skip(run, stage, " clusters", anew):
             found = _load_kmeans(folder, number, stage.result)
-            if found is None:
+            if distributed.agreed(found is None):
+                found = None
                 run.tell(f"done again: {kmeans_file(folder, 0, number)} is not what it was", " clusters")
         anew = anew or (found is None and stage.begun and stage.done)
         if found is None:
@@ -207,8 +198,8 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     of_training = {
         "records": data_key(run.store, run.train, run.validation),
         "clusters": [kmeans_hash(one) for one in kmeans],
-        "teacher": teacher,
-        "start_from": config.start_from and weights_hash(read_weights(locate(config.start_from))[1]),
+        "teacher": run.featuriser.teacher_hash,
+        "start_from": None if run.start is None else weights_hash(run.start),
         "batch_size": config.batch_size * distributed.num_ranks(),
         **own,
     }
@@ -227,7 +218,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     # What is done is never continued: it is done again because something changed. Of what is not, other settings are
     # refused by the loop.
     resume = config.resume and not (anew or stage.done or inputs_changed)
-    anew = anew or (stage.begun and not resume)
+    resume, anew = distributed.agreed((resume, anew or (stage.begun and not resume)))
     _begin(stage)
     result = train(dataclasses.replace(run, config=dataclasses.replace(config, resume=resume)), kmeans, " train")
     told = {name: result[name] for name in ("step", "finished", "best_step", "metrics")}
@@ -238,7 +229,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
 def _may_skip(run: Run, stage: Stage, name: str, anew: bool) -> bool:
     """Whether a stage is done and nothing has changed; tells the user in either case."""
     changed = stage.changed()
-    if stage.done and not changed and not anew:
+    if distributed.agreed(stage.done and not changed and not anew):
         run.tell("done before with the same settings and inputs", name)
         return True
     if stage.done:

@@ -11,7 +11,6 @@ from hubert_ecg.train.clusters import kmeans_hash, load_kmeans
 from hubert_ecg.train.extract import open_work
 from hubert_ecg.train.logs import say
 from hubert_ecg.train.pseudo_labels import PseudoLabels
-from hubert_ecg.train.teacher import weights_hash
 
 
 def write_labels(config: LabelConfig) -> np.ndarray:
@@ -33,7 +32,7 @@ def write_labels(config: LabelConfig) -> np.ndarray:
             "compat": config.compat,
             "vocab_sizes": sizes,
             "kmeans": [kmeans_hash(kmeans) for kmeans in models],
-            "teacher": teacher and [weights_hash(teacher.model.state_dict()), teacher.layer],
+            "teacher": teacher and [work.featuriser.teacher_hash, teacher.layer],
         }
         writer = LabelWriter(
             work.store,

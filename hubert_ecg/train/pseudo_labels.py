@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,11 @@ class Featuriser:
     def width(self) -> int:
         """Numbers in a feature vector."""
         return features.num_features(self.feature_type) if self.teacher is None else self.teacher.width
+
+    @functools.cached_property
+    def teacher_hash(self) -> str | None:
+        """Changes when the weights of the teacher do."""
+        return None if self.teacher is None else weights_hash(self.teacher.model.state_dict())
 
     def leads(self, batch: Batch) -> Tensor:
         """What features of the signal are computed from, on the device."""
@@ -98,9 +104,7 @@ class PseudoLabels:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of them."""
-        teacher = self.featuriser.teacher
-        digest = None if teacher is None else weights_hash(teacher.model.state_dict())
-        return {"kmeans": [one.state() for one in self.kmeans], "teacher": digest}
+        return {"kmeans": [one.state() for one in self.kmeans], "teacher": self.featuriser.teacher_hash}
 
 
 class StoredLabels:

@@ -12,6 +12,7 @@ from hubert_ecg import data
 from hubert_ecg.config import Compat, DataConfig, FinetuneConfig, LabelledConfig, PretrainConfig, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hubert_ecg.data import Batch, Loader, Store
@@ -38,8 +39,11 @@ def random_crops(
     *,
     shuffle: bool,
     labels: Sequence[str] = (),
+    rank: int = 0,
+    num_ranks: int = 1,
+    device: torch.device | None = None,
 ) -> Loader:
-    """Batches of random crops of these records; which ones follows from the seed and the epoch.
+    """Batches of random crops of these records, or a rank's part of each; they follow from the seed and the epoch.
 
     With precomputed labels of tokens, crops are where these are: at the beginning of each record.
     """
@@ -53,6 +57,9 @@ def random_crops(
         seed=config.seed,
         num_workers=config.num_workers,
         labels=labels,
+        rank=rank,
+        num_ranks=num_ranks,
+        device=device,
     )
 
 

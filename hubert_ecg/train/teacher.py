@@ -54,8 +54,8 @@ def load_teacher(config: FeatureConfig, shape: HubertECGConfig, device: torch.de
     return Latent(model.to(device), layer)
 
 
-def load_start(model: nn.Module, name: str, shape: HubertECGConfig) -> None:
-    """Give a model the weights of another but for its codebooks, which stay as they were drawn.
+def read_start(name: str, shape: HubertECGConfig) -> dict[str, Tensor]:
+    """The weights that a model of this shape shall start from.
 
     Raises:
         UserError: If there is no such model, or it is of another shape or reads other input.
@@ -67,7 +67,16 @@ def load_start(model: nn.Module, name: str, shape: HubertECGConfig) -> None:
                 f"--start_from must be of the --size that is trained, with {field} {getattr(shape, field)}, "
                 f"got {getattr(own, field)} in {name}"
             )
-    load_weights(model, tensors, source=name, fresh=("label_embedding.",))
+    return tensors
+
+
+def load_start(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give a model these weights but for its codebooks, which stay as they were drawn.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    load_weights(model, tensors, source=source, fresh=("label_embedding.",))
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -32,8 +32,8 @@ _ARRAYS = ("features", "valid")
 _FACTS = "records.json"
 # Records whose tokens are picked at a time, wherever in a folder they lie: each brings pages of its file with it.
 _PICKED_RECORDS = 64
-# Records whose features are computed at a time.
-_BATCH = 256
+# Records whose features are computed at a time; those of a model take more memory.
+_BATCH, _LATENT_BATCH = 256, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +234,12 @@ class FeatureWork:
     def batches(self, records: np.ndarray, title: str | None = None) -> Iterator[Batch]:
         """First crops of these records, in their order, with a progress bar of that title."""
         loader = Loader(
-            self.store, records, _BATCH, crop_s=self.crop_s, crop="first", shuffle=False, num_workers=self.num_workers
+            self.store,
+            records,
+            _BATCH if self.featuriser.teacher is None else _LATENT_BATCH,
+            crop_s=self.crop_s,
+            crop="first",
+            num_workers=self.num_workers,
         )
         console = Console(stderr=True)
         yield from track(

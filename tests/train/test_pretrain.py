@@ -23,9 +23,12 @@ from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretrainin
 from hubert_ecg.train import checkpoint
 from hubert_ecg.train.cluster_use import ClusterUse, effective_number
 from hubert_ecg.train.loop import Interrupted
-from hubert_ecg.train.pretrain import MaskedPrediction, model_config
-from hubert_ecg.train.pseudo_labels import PseudoLabels, fit_kmeans, token_features
+from hubert_ecg.train.pretrain import MaskedPrediction
+from hubert_ecg.train.pseudo_labels import PseudoLabels
+from hubert_ecg.train.run import model_config, open_run
+from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.throughput import COLUMNS
+from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
 
 CPU = torch.device("cpu")
 
@@ -46,6 +49,15 @@ def settings(folder: Path, data_path: Path, **fields) -> PretrainConfig:
         "device": "cpu",
     }
     return PretrainConfig(**{"data_path": data_path, "output_dir": folder, **defaults, **fields})
+
+
+def objective_of(config: PretrainConfig, kmeans=None) -> MaskedPrediction:
+    """What a run of these settings would train, with k-means models that are given or found."""
+    run = open_run(config, "pretrain", CPU)
+    kmeans = find_targets(run) if kmeans is None else kmeans
+    run.shape.vocab_sizes = [len(one.cluster_centers_) for one in kmeans]
+    torch.manual_seed(0)
+    return MaskedPrediction(config, run.shape, PseudoLabels(run.featuriser, kmeans), run.store, run.validation, CPU)
 
 
 def rows(folder: Path) -> list[str]:
@@ -95,7 +107,7 @@ def test_the_output_is_complete(straight, cohort):
     assert all(np.isfinite(value) for value in clusters["scores"].values())
     kmeans = clustering.KMeans.load(result["kmeans"])
     saved = checkpoint.load(result["folder"] / "checkpoint.safetensors")
-    again = clustering.KMeans.from_state(saved["objective"]["kmeans"])
+    again = clustering.KMeans.from_state(saved["objective"]["kmeans"][0])
     np.testing.assert_array_equal(np.asarray(kmeans.cluster_centers_), np.asarray(again.cluster_centers_))
     assert (saved["epoch"], saved["position"]) == divmod(12, -(-len(cohort.split("train")) // 5))
     assert saved["config"] == to_json(settings(folder, cohort.path))
@@ -111,10 +123,7 @@ def test_the_output_is_complete(straight, cohort):
 
 def test_it_learns(cohort, tmp_path):
     config = settings(tmp_path, cohort.path, layerdrop=0.0, dropout=0.0)
-    shape = model_config(config)
-    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
-    torch.manual_seed(0)
-    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    objective = objective_of(config)
     optimiser = torch.optim.AdamW(objective.model.parameters(), lr=1e-3)
     (batch,) = Loader(cohort, cohort.split("train")[:4], 4, crop="first", num_workers=0).batches(0)
     losses = []
@@ -174,36 +183,42 @@ def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(straight, tmp_pat
 
 
 def test_clusters_are_those_of_the_fitted_features(cohort, tmp_path):
-    config = settings(tmp_path, cohort.path)
-    shape = model_config(config)
-    records = cohort.split("train")
-    kmeans, quality = fit_kmeans(cohort, records, config, shape, CPU)
-    x = token_features(cohort, records, config, shape, CPU)
-    labels = PseudoLabels(kmeans, "mfcc", "corrected", 100.0)
-    (batch,) = Loader(cohort, records, len(records), crop="first", num_workers=0).batches(0)
-    online = labels(batch.ecg)
-    assert online.shape == (len(records), 93)
+    run = open_run(settings(tmp_path, cohort.path), "pretrain", CPU)
+    (kmeans,) = find_targets(run)
+    quality = json.loads((run.folder / "clusters.json").read_text())
+    (batch,) = Loader(cohort, run.train, len(run.train), crop="first", num_workers=0).batches(0)
+    labels = PseudoLabels(run.featuriser, [kmeans])
+    online = labels(batch)
+    assert online.shape == (1, len(run.train), 93)
     assert online.dtype == torch.int64
+    x = features.extract(batch.leads, "mfcc").flatten(0, 1)
     assert torch.equal(online.flatten(), kmeans.predict(x))
     assert np.bincount(online.flatten(), minlength=8).tolist() == quality["counts"]
-    # In a half-precision step the labels are the same.
+    again = clustering.KMeans(8, random_state=0, max_iter=100).fit(x)
+    np.testing.assert_array_equal(again.cluster_centers_, kmeans.cluster_centers_)
+    # In a half-precision step the labels are the same, and in an ensemble.
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(labels(batch.ecg), online)
+        assert torch.equal(labels(batch), online)
+        both = PseudoLabels(run.featuriser, [kmeans, kmeans])(batch)
+    assert torch.equal(both, online.expand(2, -1, -1))
+    assert not (run.folder / "features").exists()
 
 
 def test_padding_is_not_clustered(cohort, tmp_path):
-    config = settings(tmp_path, cohort.path, crop_s=12.0)
-    x = token_features(cohort, np.arange(3), config, model_config(config), CPU)
+    run = open_run(settings(tmp_path, cohort.path, crop_s=12.0), "pretrain", CPU)
+    work = FeatureWork(cohort, np.arange(3), run.featuriser, run.shape, 12.0, 0)
+    values, valid = TokenFeatures.allocate(None, work.shape)
+    work.fill(values, valid, slice(None))
+    x = ValidTokens(TokenFeatures(values, valid, [], {}), 0, 3, CPU).read()
     # 10 of 12 s: 5/6 of the 224 tokens of 12 x 1200 samples, give or take one where two leads meet.
     assert abs(len(x) / 3 - 224 * 5 / 6) <= 12
-    assert x.isfinite().all()
+    assert np.isfinite(x).all()
 
 
 def test_a_mask_depends_on_seed_step_and_record_alone(cohort, tmp_path):
     def masks(seed, step, batch_size, micro=0):
         config = settings(tmp_path, cohort.path, seed=seed, batch_size=batch_size)
-        shape = model_config(config)
-        objective = MaskedPrediction(config, shape, kmeans, cohort, validation, CPU)
+        objective = objective_of(config, kmeans)
         drawn = {}
         objective.model.register_forward_pre_hook(
             lambda module, args, kwargs: drawn.update(zip(at, kwargs["mask_indices"].tolist(), strict=True)),
@@ -215,7 +230,7 @@ def test_a_mask_depends_on_seed_step_and_record_alone(cohort, tmp_path):
         return drawn
 
     config, validation = settings(tmp_path, cohort.path), cohort.split("validation")
-    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, model_config(config), CPU)
+    kmeans = find_targets(open_run(config, "pretrain", CPU))
     first = masks(0, 3, 4)
     assert first == masks(0, 3, 2) == masks(0, 3, 4, micro=1)
     assert len({tuple(mask) for mask in first.values()}) == len(first) > 2
@@ -225,10 +240,7 @@ def test_a_mask_depends_on_seed_step_and_record_alone(cohort, tmp_path):
 
 def test_validation_is_masked_and_always_the_same(cohort, tmp_path):
     config = settings(tmp_path, cohort.path, alpha=0.75)
-    shape = model_config(config)
-    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
-    torch.manual_seed(0)
-    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    objective = objective_of(config)
     objective.model.eval()
     masks = []
     objective.model.register_forward_pre_hook(
@@ -247,7 +259,7 @@ def test_validation_is_masked_and_always_the_same(cohort, tmp_path):
     # The targets' use is that of the clusters of the very crops, counted by hand.
     counts = np.zeros(8, dtype=np.int64)
     for batch in objective.validation.batches(0):
-        counts += np.bincount(objective.pseudo_labels(batch.leads).flatten(), minlength=8)
+        counts += np.bincount(objective.labels(batch).flatten(), minlength=8)
     assert first["target_clusters"] == effective_number(counts)
     assert set(first) == {"loss", *objective.metrics}
 
@@ -295,12 +307,10 @@ def test_alarms_are_raised_below_a_tenth():
 
 def test_a_collapse_is_said_once_until_it_is_mended(cohort, tmp_path, capsys):
     config = settings(tmp_path, cohort.path, num_clusters=24, log_every=1)
-    shape = model_config(config)
-    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
-    torch.manual_seed(0)
-    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    objective = objective_of(config)
     objective.model.eval()
     objective.warmup_steps = 2
+    capsys.readouterr()
     guesses = {True: torch.zeros, False: lambda *shape, dtype: torch.arange(math.prod(shape)).view(shape) % 24}
 
     def validate(step, collapsed):
@@ -338,9 +348,7 @@ def test_likeliest_clusters_are_those_of_the_logits(chunk, monkeypatch):
 @pytest.mark.parametrize("strategy", ["lead", "block"])
 def test_a_run_masks_as_its_strategy_says(cohort, tmp_path, strategy):
     config = settings(tmp_path, cohort.path, mask_strategy=strategy)
-    shape = model_config(config)
-    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
-    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), CPU)
+    objective = objective_of(config)
     (batch,) = Loader(cohort, cohort.split("train")[:8], 8, num_workers=0).batches(0)
     *_, mask = objective._inputs(batch, 0, 0)
     leads, times = features.token_places(500, 100).T
