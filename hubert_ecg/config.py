@@ -37,6 +37,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
             *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
+            *("num_bootstrap", "num_records", "max_clusters"),
             *("num_bootstrap", "teacher_layer", "iterations"),
         ),
         ("at least 1", lambda x: x >= 1),
@@ -407,6 +408,41 @@ class EvaluateConfig(LabelledConfig):
     num_bootstrap: int = 1000
     confidence: float = 0.95
     threshold: float | None = None
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig(DataConfig):
+    """Show what the pseudo-labels are: their use, samples, leads, place in the beat, and what they tell of labels.
+
+    Args:
+        model_path: A run of the pretrain command: its .pt file or folder. Its clusters are looked at, with its settings
+            of features and crops; of several iterations, those of the last.
+        kmeans_path: A k-means model of the cluster command, in place of a run; several, with commas between them, are
+            an ensemble, and have a page each.
+        feature_type: What was clustered: mfcc, time_freq, mixed, or latent: the hidden states of a teacher.
+        teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
+        teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
+        output_dir: Folder for audit.html and audit.json. Default: beside the k-means model.
+        dataset: Name of the data set in data_path, or "auto".
+        num_records: Look at this many records at most, drawn by seed.
+        crop_s: Seconds of each record, from its beginning.
+        max_clusters: Draw this many clusters, by falling use.
+        batch_size: Records in a batch.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    model_path: Path | None = None
+    kmeans_path: str | None = None
+    feature_type: FeatureType = "mfcc"
+    teacher: str | None = None
+    teacher_layer: int | None = None
+    output_dir: Path | None = None
+    dataset: str = "auto"
+    num_records: int = 2000
+    crop_s: float = 5.0
+    max_clusters: int = 30
+    batch_size: int = 256
     device: str = "auto"
 
 

@@ -35,9 +35,9 @@ def span_mask(
         """A number for each token of each record. Unlike bits, bits and place are never equal."""
         return bits(seed, record[:, None] * (2 * num_tokens) + which * num_tokens + token) * num_tokens + token
 
-    if mask_strategy == "lead":
+    if mask_strategy == "lead" and places is not None:
         order = _by_lead(draw(0), draw(1), places[:, 0])
-    elif mask_strategy == "block":
+    elif mask_strategy == "block" and places is not None:
         order = _by_block(draw(0), mask_length, places[:, 1])
     else:
         order = _by_span(draw(0), mask_length, valid)

@@ -1,5 +1,6 @@
-"""Training: the extract, cluster, label, pretrain, finetune and evaluate commands, and prediction with their models."""
+"""Training: the commands from features to evaluation, and prediction with their models."""
 
+from hubert_ecg.train.audit import audit
 from hubert_ecg.train.evaluate import evaluate
 from hubert_ecg.train.extract import cluster_features, extract_features
 from hubert_ecg.train.finetune import finetune
@@ -9,6 +10,7 @@ from hubert_ecg.train.machine import device
 from hubert_ecg.train.predict import predict
 
 __all__ = [
+    "audit",
     "cluster_features",
     "device",
     "evaluate",

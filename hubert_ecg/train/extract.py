@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hubert_ecg import clustering, evaluation
-from hubert_ecg.config import ClusterConfig, ExtractConfig, LabelConfig, UserError, to_json
+from hubert_ecg.config import AuditConfig, ClusterConfig, ExtractConfig, LabelConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig
 from hubert_ecg.train import distributed
 from hubert_ecg.train.clusters import Clusters, find_clusters
@@ -55,7 +55,7 @@ def extract_features(config: ExtractConfig) -> TokenFeatures:
     return result
 
 
-def open_work(config: ExtractConfig | LabelConfig, device: torch.device) -> FeatureWork:
+def open_work(config: ExtractConfig | LabelConfig | AuditConfig, device: torch.device) -> FeatureWork:
     """The records of a command and how features of all of them are computed.
 
     Raises:

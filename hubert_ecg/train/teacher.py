@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hubert_ecg.config import ExtractConfig, LabelConfig, PretrainConfig, UserError
+from hubert_ecg.config import AuditConfig, ExtractConfig, LabelConfig, PretrainConfig, UserError
 from hubert_ecg.features import Latent, default_layer
 from hubert_ecg.models import HubertECG, HubertECGConfig
 from hubert_ecg.models.pretrained import load_weights, locate, read_weights
 
 #: Settings that say what is clustered.
-FeatureConfig = ExtractConfig | LabelConfig | PretrainConfig
+FeatureConfig = ExtractConfig | LabelConfig | AuditConfig | PretrainConfig
 
 
 def check_flags(config: FeatureConfig) -> None:
