@@ -38,7 +38,7 @@ from hubert_ecg.train.regularisation import DynamicRegularisation
 from hubert_ecg.train.schedule import DROPOUT, LAYERDROP, WarmupLinear, seed_of
 
 # Settings that a resumed run may change: they alter neither what is computed nor in which order.
-_MAY_DIFFER = frozenset(
+MAY_DIFFER = frozenset(
     {
         "activation_checkpointing",
         # What counts is the batch of all ranks together.
@@ -47,10 +47,14 @@ _MAY_DIFFER = frozenset(
         "checkpoint_every",
         "data_path",
         "device",
+        "keep_features",
         "log_every",
         "num_workers",
         "output_dir",
         "resume",
+        # Whose weights count, wherever they lie.
+        "start_from",
+        "teacher",
         "wandb",
     }
 )
@@ -438,7 +442,7 @@ class Loop:
             UserError: Naming what differs.
         """
         path, saved = self.checkpoint_path, state["config"]
-        checkpoint.check_same(saved, to_json(self.config), _MAY_DIFFER, path)
+        checkpoint.check_same(saved, to_json(self.config), MAY_DIFFER, path)
         records = saved["batch_size"] * state["num_ranks"]
         if records != self.config.batch_size * self.num_ranks:
             raise UserError(
