@@ -138,8 +138,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.regularisation = None
         if config.dynamic_regularisation:
-            groups = self.optimiser.param_groups
-            self.regularisation = DynamicRegularisation(objective.model, groups, config.patience)
+            self.regularisation = DynamicRegularisation(objective.model, self.optimiser, config.patience)
         self.encoders = [module for module in objective.model.modules() if isinstance(module, Encoder)]
         for encoder in self.encoders:
             encoder.gradient_checkpointing = config.activation_checkpointing
@@ -493,10 +492,15 @@ class Loop:
                 signal.signal(asked, handler or signal.SIG_DFL)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        after = before
         try:
             yield
+        except distributed.RankLostError:
+            # torchrun is about to end this rank, too: not before it has said why.
+            after = dict.fromkeys(before, signal.SIG_IGN)
+            raise
         finally:
-            for number, handler in before.items():
+            for number, handler in after.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
 

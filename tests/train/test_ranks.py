@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from hubert_ecg import train
-from hubert_ecg.config import FinetuneConfig, UserError
-from hubert_ecg.train import checkpoint
+from hubert_ecg import cli
+from hubert_ecg.config import UserError
+from hubert_ecg.train import checkpoint, distributed
 
 from .toy import NUM_RECORDS, make_loop
 
@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str], returncode: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == returncode, done.stdout + done.stderr
     return done
 
@@ -60,6 +60,15 @@ def assert_close(a: Path, b: Path) -> None:
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
+@pytest.fixture
+def one_thread():
+    """Sums are split among threads: as many as a rank has here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run of two ranks that goes through: 4 epochs of 4 steps, with dropout."""
@@ -73,10 +82,7 @@ def test_ranks_train_as_one_does(tmp_path, num_ranks, batch_size, accumulate_ste
     # 22 records: of 3 ranks with 7 each, two have none in the second batch.
     fields = {"dropout": 0.0, "accumulate_steps": accumulate_steps, "batch_size": batch_size}
     run(torchrun(num_ranks, *toy(tmp_path / "many", **fields)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     make_loop(tmp_path / "one", **{**fields, "batch_size": num_ranks * batch_size}).run()
-    torch.set_num_threads(threads)
     assert_close(tmp_path / "one", tmp_path / "many")
     logs = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "many")]
     for one, many in zip(*logs, strict=True):
@@ -105,20 +111,20 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path, straight, who):
     step = checkpoint.load(tmp_path / "checkpoint.safetensors")["progress"]["step"]
     assert out.count(f"stopped by SIGTERM after step {step}/16; continue with --resume") == 1
     assert 5 < step < 16
-    assert who == "torchrun" or step == 7
+    if who == "torchrun":
+        return
+    assert step == 7
     resumed = run(torchrun(2, *toy(tmp_path, batch_size=3, resume=True)))
     assert resumed.stdout.count(f"resumed after step {step}/16") == 1
     assert_same(tmp_path, straight)
 
 
-def test_a_killed_rank_ends_the_run_with_a_clear_message(tmp_path, straight):
-    # The time limit of a run is the minute within which it must have ended, and one more for a slow machine.
+def test_a_killed_rank_ends_the_run_with_a_clear_message(tmp_path):
+    # It has ended within the time limit of a run, or the test fails.
     ended = run(torchrun(2, *toy(tmp_path, [1, 5, signal.SIGKILL], batch_size=3)), returncode=1)
     assert "another process of the run has ended or does not answer" in ended.stderr
     assert f"continue with --resume from {tmp_path / 'checkpoint.safetensors'}" in ended.stderr
     assert checkpoint.load(tmp_path / "checkpoint.safetensors")["progress"]["step"] == 4
-    run(torchrun(2, *toy(tmp_path, batch_size=3, resume=True)))
-    assert_same(tmp_path, straight)
 
 
 def test_torchrun_restarts_what_was_killed(tmp_path, straight):
@@ -178,11 +184,11 @@ def test_pretraining_on_two_ranks_gives_the_weights_of_one(recordings, tmp_path,
         "num_workers": 0,
         "device": "cpu",
     }
-    for num_ranks in (1, 2):
-        given = {**flags, "output_dir": tmp_path / str(num_ranks), "batch_size": 4 // num_ranks}
-        argv = [word for name, value in given.items() for word in (f"--{name}", value)]
-        done = run(torchrun(num_ranks, "-m", "hubert_ecg.cli", "pretrain", *argv))
-        assert done.stdout.count("8 clusters of") == 1
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["pretrain", *argv, "--output_dir", str(tmp_path / "1"), "--batch_size", "4"]) == 0
+    mine = ["--output_dir", tmp_path / "2", "--batch_size", 2]
+    done = run(torchrun(2, "-m", "hubert_ecg.cli", "pretrain", *argv, *mine))
+    assert done.stdout.count("8 clusters of") == 1
     one, two = (tmp_path / str(n) / "hubert_ecg" for n in (1, 2))
     assert_close(one, two)
     first, second = (checkpoint.load(folder / "checkpoint.safetensors")["progress"] for folder in (one, two))
@@ -190,40 +196,23 @@ def test_pretraining_on_two_ranks_gives_the_weights_of_one(recordings, tmp_path,
     assert first["step"] == second["step"] == 5
 
 
-def test_evaluation_on_two_ranks_gives_the_numbers_of_one(cohort, tmp_path):
+def test_evaluation_on_two_ranks_gives_the_numbers_of_one(cohort, tmp_path, one_thread):
     common = ["--dataset", "synthetic", "--task", "all", "--data_path", cohort.path, "--device", "cpu"]
     settings = ["--pretrained_model", "random:tiny", "--max_steps", 3, "--output_dir", tmp_path, "--batch_size", 4]
     tuned = run(torchrun(2, "-m", "hubert_ecg.cli", "finetune", *common, *settings, "--num_crops", 2))
     assert tuned.stdout.count("step 3/3  validation") == 1
-    for num_ranks in (1, 2):
-        # 40 records in batches of 7: six batches, the last one not full.
-        output = ["--model_path", tmp_path / "synthetic_all.pt", "--output_dir", tmp_path / str(num_ranks)]
-        some = ["--test_split", "all", "--batch_size", 7, "--num_bootstrap", 10]
-        done = run(torchrun(num_ranks, "-m", "hubert_ecg.cli", "evaluate", *common, *output, *some))
-        assert done.stdout.count("report.html, report.json") == 1
+    # 40 records in batches of 7: six batches, the last one not full.
+    some = ["--model_path", tmp_path / "synthetic_all.pt", "--test_split", "all", "--batch_size", 7]
+    command = ["evaluate", *common, *some, "--num_bootstrap", 10, "--output_dir"]
+    assert cli.main([*map(str, command), str(tmp_path / "1")]) == 0
+    done = run(torchrun(2, "-m", "hubert_ecg.cli", *command, tmp_path / "2"))
+    assert done.stdout.count("report.html, report.json") == 1
     one, two = ((tmp_path / str(n) / "predictions.csv").read_bytes() for n in (1, 2))
     assert one == two
     assert len(one.splitlines()) == 41
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_class_weights_count_in_the_mean_of_a_step(cohort, tmp_path, weighted):
-    from .test_finetune import Relabelled, TaskRecords, build_model
-
-    config = FinetuneConfig(
-        "synthetic", "all", pretrained_model="random:tiny", problem="multiclass", class_weights=weighted, dropout=0.0
-    )
-    targets = np.eye(3)[np.minimum(np.arange(len(cohort)) % 7, 2)]
-    records = TaskRecords(Relabelled(cohort, targets, ("a", "b", "c")), config)
-    model = build_model(config, records, {"downsampling_factor": 5, "compat": "corrected"})
-    objective = train.finetune.Classification(config, model, records, torch.device("cpu"))
-    loader = train.records.random_crops(cohort, np.arange(7), config, shuffle=False)
-    del loader
-
-
 def test_one_process_is_a_rank_of_its_own():
-    from hubert_ecg.train import distributed
-
     assert (distributed.rank(), distributed.num_ranks()) == (0, 1)
     assert distributed.gather("x") == ["x"]
     assert distributed.agreed("x") == "x"

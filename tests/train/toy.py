@@ -101,7 +101,7 @@ def rows(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    # A run for a test to stop: folder, settings, seconds of a step, threads, and who is to be killed when and how, once.
+    # A run for a test to stop: folder, settings, seconds of a step, threads, and which rank to kill when and how, once.
     folder, fields, seconds, threads, killed = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
     # Sums are split among threads: as many as in the run it is compared with.
     torch.set_num_threads(threads)
