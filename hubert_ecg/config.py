@@ -24,6 +24,7 @@ class RunError(RuntimeError):
 Compat = Literal["corrected", "published"]
 FeatureType = Literal["mfcc", "time_freq", "mixed"]
 Size = Literal["tiny", "small", "base", "large"]
+Parallel = Literal["ddp", "fsdp", "tensor"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -36,7 +37,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
             *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
-            "num_bootstrap",
+            *("num_bootstrap", "tensor_ranks"),
         ),
         ("at least 1", lambda x: x >= 1),
     ),
@@ -169,6 +170,9 @@ class TrainConfig(_Checked):
         clip_norm: Largest norm of the gradient; 0 turns clipping off.
         precision: auto is float32 on a CPU and bfloat16 on a GPU.
         device: Where to train: auto, cpu, cuda, cuda:1, ...
+        parallel: What the processes of torchrun share: ddp, gradients alone; fsdp, parameters and the optimiser's
+            state too; tensor, the transformer layers too.
+        tensor_ranks: Processes that share each layer with parallel tensor.
         compile: Compile each transformer layer with torch.compile.
         activation_checkpointing: Keep no activations of transformer layers, but compute them again in the backward
             pass: slower, for records or batches that memory does not hold.
@@ -190,6 +194,8 @@ class TrainConfig(_Checked):
     clip_norm: float = 1.0
     precision: Precision = "auto"
     device: str = "auto"
+    parallel: Parallel = "ddp"
+    tensor_ranks: int = 1
     compile: bool = False
     activation_checkpointing: bool = False
     dynamic_regularisation: bool = False

@@ -16,7 +16,7 @@ from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.files import write_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file, token_mask
 from hubert_ecg.ops import span_mask
-from hubert_ecg.train import checkpoint, distributed, machine
+from hubert_ecg.train import distributed, machine, parallel, sharded_checkpoint
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
@@ -47,11 +47,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     check_wandb(config.wandb)
     if config.compat == "published" and config.crop_s != 5:
         raise UserError(f"pretrain: crop_s must be 5 with compat published, got {config.crop_s:g}")
-    with distributed.ranks(config.device) as (device, rank, num_ranks):
-        return _pretrain(config, device, rank, num_ranks)
+    with distributed.ranks(config.device, config.tensor_ranks) as (device, rank, _):
+        parallel.check(config)
+        return _pretrain(config, device, rank)
 
 
-def _pretrain(config: PretrainConfig, device: torch.device, rank: int, num_ranks: int) -> dict[str, Any]:
+def _pretrain(config: PretrainConfig, device: torch.device, rank: int) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     shape = model_config(config)
     folder = Path(config.output_dir) / NAME
@@ -62,9 +63,9 @@ def _pretrain(config: PretrainConfig, device: torch.device, rank: int, num_ranks
     say(f"pretrain: {news}")
 
     kmeans_path = folder / "kmeans.safetensors"
-    saved = folder / "checkpoint.safetensors"
-    if config.resume and distributed.agreed(saved.is_file()):
-        kmeans = clustering.KMeans.from_state(checkpoint.load(saved)["objective"]["kmeans"])
+    saved = distributed.agreed(sharded_checkpoint.find(folder)) if config.resume else None
+    if saved is not None:
+        kmeans = clustering.KMeans.from_state(sharded_checkpoint.load(saved, only="objective")["kmeans"])
     else:
         with distributed.rank_0_first():
             if rank == 0:
@@ -75,7 +76,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, rank: int, num_ranks
 
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, shape, kmeans, store, validation, device)
-    loader = random_crops(store, train, config, shuffle=True, rank=rank, num_ranks=num_ranks)
+    part, num_parts = distributed.data_rank(), distributed.num_data_ranks()
+    loader = random_crops(store, train, config, shuffle=True, rank=part, num_ranks=num_parts)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,
