@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from hubert_ecg.config import FinetuneConfig, PretrainConfig, UserError
 from hubert_ecg.models.encoder import Attention, EncoderLayer, FeedForward
 from hubert_ecg.models.tensor_ranks import TensorRanks, local
-from hubert_ecg.train.distributed import num_ranks, rank
+from hubert_ecg.train.distributed import add_up, num_ranks, rank
 from hubert_ecg.train.gradients import GradientSum
 from hubert_ecg.train.objective import Objective
 
@@ -42,7 +43,7 @@ def check(config: PretrainConfig | FinetuneConfig) -> None:
         )
     if config.parallel != "ddp" and config.precision == "float16":
         raise UserError(f"--precision must not be float16 with --parallel {config.parallel}; use bfloat16")
-    if config.parallel != "ddp" and not hasattr(torch.distributed.checkpoint, "HuggingFaceStorageReader"):
+    if config.parallel != "ddp" and torch.torch_version.TorchVersion(torch.__version__) < (2, 9):
         raise UserError(f"--parallel {config.parallel} needs torch 2.9 or newer, this is {torch.__version__}")
 
 
@@ -87,11 +88,15 @@ class Parallel:
         for parameter in parameters:
             if parameter.grad is not None:
                 groups.setdefault(layout(parameter), []).append(parameter)
-        norms: list[Any] = [nn.utils.get_total_norm([p.grad for p in group]) for group in groups.values()]  # type: ignore[misc]
-        total = torch.linalg.vector_norm(torch.stack([norm.full_tensor() for norm in norms]))
+        square = torch.zeros((), device=parameters[0].device)
+        for (mesh, _), group in groups.items():
+            # What is not split is on every tensor rank, and counts once.
+            copies = self.tensor_ranks if mesh.ndim == 1 else 1
+            square += nn.utils.get_total_norm([local(p.grad) for p in group if p.grad is not None]) ** 2 / copies
+        norm = add_up(square).sqrt()
         for group in groups.values():
-            nn.utils.clip_grads_with_norm_(group, max_norm or math.inf, total)
-        return total
+            nn.utils.clip_grads_with_norm_(group, max_norm or math.inf, norm)
+        return norm
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -140,10 +145,12 @@ class Parallel:
 
         # No layer changes what another one gave out.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # It would tell of each gathering of what is split twice, which only saved models are.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shape = (num_ranks() // self.tensor_ranks, self.tensor_ranks)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
         if self.tensor_ranks > 1:
-            self._split(model, TensorRanks(mesh["tensor"]))
+            split(model, TensorRanks(mesh["tensor"]), self.tensor_ranks)
         half = dtype if dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in model.modules():
@@ -155,22 +162,28 @@ class Parallel:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
-    def _split(self, model: nn.Module, ranks: TensorRanks) -> None:
-        for module in model.modules():
-            if not isinstance(module, (Attention, FeedForward)):
-                continue
-            width = module.num_heads if isinstance(module, Attention) else module.intermediate_dense.out_features
-            if width % self.tensor_ranks:
-                what = "heads" if isinstance(module, Attention) else "feed-forward channels"
-                raise UserError(f"--tensor_ranks must divide the {width} {what} of a layer, got {self.tensor_ranks}")
-            module.split(ranks)
-
     def _sharded_modules(self) -> list[Any]:
         if not self.sharded:
             return []
         from torch.distributed.fsdp import FSDPModule
 
         return [module for module in self.objective.model.modules() if isinstance(module, FSDPModule)]
+
+
+def split(model: nn.Module, ranks: TensorRanks, number: int) -> None:
+    """Keep this process's part of every transformer layer.
+
+    Raises:
+        UserError: If that number of ranks cannot share one.
+    """
+    for module in model.modules():
+        if isinstance(module, (Attention, FeedForward)):
+            is_attention = isinstance(module, Attention)
+            width = module.num_heads if is_attention else module.intermediate_dense.out_features
+            if width % number:
+                what = "heads" if is_attention else "feed-forward channels"
+                raise UserError(f"--tensor_ranks must divide the {width} {what} of a layer, got {number}")
+            module.split(ranks)
 
 
 def layout(x: Tensor) -> Any:

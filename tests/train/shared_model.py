@@ -1,13 +1,16 @@
-"""A small pretraining run on random records, for torchrun: ranks share the model as its settings say.
+"""Small pretraining runs on random records, for torchrun: ranks share the model as their settings say.
 
-``python -m torch.distributed.run ... shared_model.py OUTPUT_DIR '{"parallel": "fsdp", ...}'``
+``torchrun ... shared_model.py '[{"folder": "a", "parallel": "fsdp", ...}, ...]'``
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ from hubert_ecg.train import distributed, machine
 from hubert_ecg.train.loop import Interrupted, Loop
 from hubert_ecg.train.objective import Objective
 
-NUM_RECORDS, GLOBAL_BATCH, NUM_CLUSTERS = 20, 8, 7
+# The last of the 5 micro-batches of an epoch is too small for 4 ranks, and the last step has 1 instead of 2.
+NUM_RECORDS, GLOBAL_BATCH, NUM_CLUSTERS = 18, 4, 7
 
 
 @dataclasses.dataclass
@@ -31,7 +35,7 @@ class Batch:
 
 
 class Batches:
-    """The last batch of an epoch is smaller; of several data ranks each gets a part of each batch."""
+    """Of several data ranks each gets a part of each batch."""
 
     num_batches = -(-NUM_RECORDS // GLOBAL_BATCH)
 
@@ -53,7 +57,7 @@ class Prediction(Objective):
     def __init__(self, folder: Path, stop_before: int | None, **shape) -> None:
         torch.manual_seed(0)
         small = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "classifier_proj_size": 16}
-        fields = {**small, "hidden_dropout": 0.0, "vocab_sizes": [NUM_CLUSTERS], "conv_dim": (16,) * 5, **shape}
+        fields = {**small, "hidden_dropout": 0.0, "vocab_sizes": [NUM_CLUSTERS], "layerdrop": 0.4, "conv_dim": (16,) * 5, **shape}
         self.model = HubertECGForPretraining(HubertECGConfig.preset("tiny", **fields))
         self.folder, self.stop_before, self.all = folder, stop_before, Batches()
         # An odd number of batches: of several ranks, one has more than the others.
@@ -87,18 +91,38 @@ class Prediction(Objective):
         return {"kmeans": {"centres": torch.arange(6.0).view(2, 3), "name": "toy"}}
 
 
-def run(folder: Path, stop_before=None, shape=None, **settings) -> None:
-    fields = {"learning_rate": 3e-3, "num_epochs": 2, "checkpoint_every": 2, "log_every": 2, "batch_size": GLOBAL_BATCH}
+def run(folder: str, stop_before=None, shape=None, resume_from=None, **settings) -> None:
+    """One run. ``resume_from`` is the folder of a run that was stopped, which is left as it is."""
+    fields = {"learning_rate": 3e-3, "num_epochs": 2, "checkpoint_every": 1, "log_every": 2, "accumulate_steps": 2}
     config = FinetuneConfig(
-        dataset="toy", task="all", pretrained_model="none", output_dir=folder, device="cpu", **{**fields, **settings}
+        **{"dataset": "toy", "task": "all", "pretrained_model": "none", "output_dir": folder, "device": "cpu"},
+        **{**fields, "resume": resume_from is not None, **settings},
     )
-    with distributed.ranks("cpu", config.tensor_ranks) as (device, _, _):
-        objective = Prediction(folder, stop_before, **(shape or {}))
+    with distributed.ranks("cpu", config.tensor_ranks) as (device, rank, _):
         config = dataclasses.replace(config, batch_size=GLOBAL_BATCH // distributed.num_data_ranks())
+        with distributed.rank_0_first():
+            if rank == 0 and resume_from is not None:
+                shutil.copytree(resume_from, folder)
+        objective = Prediction(Path(folder), stop_before, **(shape or {}))
         dtype = machine.dtype(config.precision, device)
-        Loop(config, objective, Batches(), folder=folder, device=device, dtype=dtype).run()
+        loop = Loop(config, objective, Batches(), folder=Path(folder), device=device, dtype=dtype)
+        with contextlib.suppress(Interrupted):
+            loop.run()
+        check_agreement(loop)
+
+
+def check_agreement(loop: Loop) -> None:
+    """Tensor ranks do the same to what they all have."""
+    ranks = loop.config.tensor_ranks
+    whole = [p for p in loop.parameters.values() if ranks > 1 and p.device_mesh.ndim == 1]
+    found = distributed.gather([p.to_local().tolist() for p in whole])
+    assert all(found[i] == found[i - i % ranks] for i in range(len(found)))
+    assert ranks == 1 or whole
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    warnings.simplefilter("error")
+    with distributed.ranks("cpu"):
+        for job in json.loads(sys.argv[1]):
+            run(**job)
