@@ -35,6 +35,7 @@ COMMANDS = {
     "prepare": Command(configs.PrepareConfig, "data:prepare"),
     "extract": Command(configs.ExtractConfig, "train:extract_features"),
     "cluster": Command(configs.ClusterConfig, "train:cluster_features"),
+    "label": Command(configs.LabelConfig, "train:write_labels"),
     "pretrain": Command(configs.PretrainConfig, "train:pretrain"),
     "finetune": Command(configs.FinetuneConfig, "train:finetune"),
     "evaluate": Command(configs.EvaluateConfig, "train:evaluate"),

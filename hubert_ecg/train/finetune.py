@@ -74,7 +74,7 @@ def _finetune(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
     part, num_parts = distributed.data_rank(), distributed.num_data_ranks()
-    loader = random_crops(store, records.train, config, shuffle=True, rank=part, num_ranks=num_parts)
+    loader = random_crops(store, records.train, config, shuffle=True, rank=part, num_ranks=num_parts, device=device)
     ids = store.index["record_id"].to_numpy()
     loop = Loop(
         config,

@@ -38,7 +38,7 @@ from hubert_ecg.train.regularisation import DynamicRegularisation
 from hubert_ecg.train.schedule import DROPOUT, LAYERDROP, WarmupLinear, seed_of
 
 # Settings that a resumed run may change: they alter neither what is computed nor in which order.
-_MAY_DIFFER = frozenset(
+MAY_DIFFER = frozenset(
     {
         "activation_checkpointing",
         # What counts is the batch of all ranks together.
@@ -49,10 +49,14 @@ _MAY_DIFFER = frozenset(
         "checkpoint_every",
         "data_path",
         "device",
+        "keep_features",
         "log_every",
         "num_workers",
         "output_dir",
         "resume",
+        # Whose weights count, wherever they lie.
+        "start_from",
+        "teacher",
         "wandb",
     }
 )
@@ -86,7 +90,7 @@ class Loop:
         config: Settings of the run.
         objective: What to optimise.
         batches: Training micro-batches, each with an `index [B]` of its records; those of this rank.
-        folder: Where checkpoint.safetensors and the logs go.
+        folder: Where checkpoint.safetensors (of a sharded model: checkpoint/) and the logs go.
         device: Where the model is.
         dtype: What autocast runs in.
         record_names: Names of the records with these indices, for messages; default: the indices.
@@ -137,8 +141,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.regularisation = None
         if config.dynamic_regularisation:
-            groups = self.optimiser.param_groups
-            self.regularisation = DynamicRegularisation(objective.model, groups, config.patience)
+            self.regularisation = DynamicRegularisation(objective.model, self.optimiser, config.patience)
         self.encoders = [module for module in objective.model.modules() if isinstance(module, Encoder)]
         for encoder in self.encoders:
             encoder.gradient_checkpointing = config.activation_checkpointing
@@ -453,7 +456,7 @@ class Loop:
             UserError: Naming what differs.
         """
         saved = state["config"]
-        checkpoint.check_same(saved, to_json(self.config), _MAY_DIFFER, path)
+        checkpoint.check_same(saved, to_json(self.config), MAY_DIFFER, path)
         records = saved["batch_size"] * state["num_ranks"]
         num_ranks = distributed.num_data_ranks()
         if records != self.config.batch_size * num_ranks:
@@ -504,10 +507,15 @@ class Loop:
                 signal.signal(asked, handler or signal.SIG_DFL)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        after = before
         try:
             yield
+        except distributed.RankLostError:
+            # torchrun is about to end this rank, too: not before it has said why.
+            after = dict.fromkeys(before, signal.SIG_IGN)
+            raise
         finally:
-            for number, handler in before.items():
+            for number, handler in after.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
 

@@ -187,7 +187,7 @@ def split(model: nn.Module, ranks: TensorRanks, number: int) -> None:
 
 
 def layout(x: Tensor) -> Any:
-    """What tensors must have in common to be worked on together: how they lie on the ranks; None for an ordinary one."""
+    """How a tensor lies on the ranks, which those that are worked on together must share; None for an ordinary one."""
     return (x.device_mesh, x.placements) if hasattr(x, "device_mesh") else None
 
 

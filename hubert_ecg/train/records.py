@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from hubert_ecg import data
 from hubert_ecg.config import Compat, DataConfig, FinetuneConfig, LabelledConfig, PretrainConfig, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hubert_ecg.data import Batch, Loader, Store
@@ -36,21 +38,28 @@ def random_crops(
     config: PretrainConfig | FinetuneConfig,
     *,
     shuffle: bool,
+    labels: Sequence[str] = (),
     rank: int = 0,
     num_ranks: int = 1,
+    device: torch.device | None = None,
 ) -> Loader:
-    """Batches of random crops of these records, or the part of a rank; which ones follows from the seed and the epoch."""
+    """Batches of random crops of these records, or a rank's part of each; they follow from the seed and the epoch.
+
+    With precomputed labels of tokens, crops are where these are: at the beginning of each record.
+    """
     return data.Loader(
         store,
         indices,
         config.batch_size,
         crop_s=config.crop_s,
-        crop="random",
+        crop="first" if labels else "random",
         shuffle=shuffle,
         seed=config.seed,
         num_workers=config.num_workers,
+        labels=labels,
         rank=rank,
         num_ranks=num_ranks,
+        device=device,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from hubert_ecg.models.encoder import Attention, Encoder, EncoderLayer, FeedForward
@@ -22,13 +23,12 @@ class DynamicRegularisation:
 
     Args:
         model: The model whose dropouts change in place.
-        groups: Parameter groups of the optimiser; those that decay change in place.
+        optimiser: Its groups that decay change in place.
         patience: Validations without improvement that end the run.
     """
 
-    def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]], patience: int) -> None:
-        self.model = model
-        self.groups = [group for group in groups if group["weight_decay"]]
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, patience: int) -> None:
+        self.model, self.optimiser = model, optimiser
         self.every = max(patience // 4, 1)
 
     def after_validation(self, bad_validations: int) -> None:
@@ -42,6 +42,11 @@ class DynamicRegularisation:
             for group in self.groups:
                 group["weight_decay"] *= _FACTOR
             self._set(lambda p: round(min(_MOST_DROPOUT, p + _STEP), 6))
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Those that decay: found again each time, because loading a state makes new ones."""
+        return [group for group in self.optimiser.param_groups if group["weight_decay"]]
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""

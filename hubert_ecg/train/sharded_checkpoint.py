@@ -1,15 +1,16 @@
-"""A checkpoint that no rank ever holds whole: a folder to which each writes what it has, for any number of ranks to read.
+"""Checkpoints that no rank ever holds whole: a folder to which each writes its part, for any number of ranks to read.
 
-``state.json`` holds what is no tensor, and names the folder of the .safetensors files and their checksums; it is replaced
-last, and at once, so that the last good checkpoint stays until the new one is whole. The files are those of
-``torch.distributed.checkpoint`` in its safetensors format: unlike its own format it has no pickle in it. They say where in
-the whole each tensor belongs, so that whoever reads them may be cut in other parts.
+``state.json`` holds what is no tensor, and names the folder of the .safetensors files and their checksums; it is
+replaced last, and at once, so that the last good checkpoint stays until the new one is whole. The files are those of
+``torch.distributed.checkpoint`` in its safetensors format, which has no pickle in it, as its own format does. They say
+where in the whole each tensor belongs, so that whoever reads them may be cut in other parts.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,10 @@ def _read_tensors(shards: Path, like: Mapping[str, Tensor], only: str | None) ->
             there = name in like
             tensors[name] = torch.zeros_like(like[name], dtype=dtype) if there else torch.empty(found.size, dtype=dtype)
     if tensors:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            # Each rank reads what it needs, by itself.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

@@ -57,7 +57,8 @@ class Prediction(Objective):
     def __init__(self, folder: Path, stop_before: int | None, **shape) -> None:
         torch.manual_seed(0)
         small = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "classifier_proj_size": 16}
-        fields = {**small, "hidden_dropout": 0.0, "vocab_sizes": [NUM_CLUSTERS], "layerdrop": 0.4, "conv_dim": (16,) * 5, **shape}
+        drops = {"hidden_dropout": 0.0, "layerdrop": 0.4}
+        fields = {**small, **drops, "vocab_sizes": [NUM_CLUSTERS], "conv_dim": (16,) * 5, **shape}
         self.model = HubertECGForPretraining(HubertECGConfig.preset("tiny", **fields))
         self.folder, self.stop_before, self.all = folder, stop_before, Batches()
         # An odd number of batches: of several ranks, one has more than the others.
@@ -95,8 +96,13 @@ def run(folder: str, stop_before=None, shape=None, resume_from=None, **settings)
     """One run. ``resume_from`` is the folder of a run that was stopped, which is left as it is."""
     fields = {"learning_rate": 3e-3, "num_epochs": 2, "checkpoint_every": 1, "log_every": 2, "accumulate_steps": 2}
     config = FinetuneConfig(
-        **{"dataset": "toy", "task": "all", "pretrained_model": "none", "output_dir": folder, "device": "cpu"},
-        **{**fields, "resume": resume_from is not None, **settings},
+        dataset="toy",
+        task="all",
+        pretrained_model="none",
+        output_dir=folder,
+        device="cpu",
+        resume=resume_from is not None,
+        **{**fields, **settings},
     )
     with distributed.ranks("cpu", config.tensor_ranks) as (device, rank, _):
         config = dataclasses.replace(config, batch_size=GLOBAL_BATCH // distributed.num_data_ranks())

@@ -11,6 +11,7 @@ import torch
 
 from hubert_ecg import evaluation, train
 from hubert_ecg.config import FinetuneConfig, UserError
+from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, HubertECGForPretraining, load_file, save_file
 from hubert_ecg.train.finetune import Classification, TaskRecords, build_model
 from hubert_ecg.train.loop import Interrupted
@@ -256,6 +257,22 @@ def test_multiclass_scores_are_shares(config, cohort, monkeypatch):
     assert 0 not in records.train
     with pytest.raises(UserError, match="multiclass needs one label for each record, got"):
         TaskRecords(cohort, config(problem="multiclass"))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_weights_of_classes_count_in_the_mean_of_a_step(cohort, config, monkeypatch, weighted):
+    targets = np.eye(3)[np.minimum(np.arange(len(cohort)) % 7, 2)]
+    store = Relabelled(cohort, targets, ("a", "b", "c"))
+    use(monkeypatch, store)
+    settings = config(problem="multiclass", class_weights=weighted, dropout=0.0)
+    records = TaskRecords(store, settings)
+    objective = Classification(settings, build_model(settings, records, PREPROCESSING), records, CPU)
+    losses = {}
+    for size in (6, 2):
+        batches = Loader(cohort, records.train[:6], size, num_workers=0).batches(0)
+        found = [(objective.loss(batch, 0, 0)[0].item(), objective.counts(batch, 0, 0)[0]) for batch in batches]
+        losses[size] = sum(loss * count for loss, count in found) / sum(count for _, count in found)
+    assert losses[2] == pytest.approx(losses[6], rel=1e-5)
 
 
 def test_undefined_labels_do_not_choose_the_model(config, cohort, monkeypatch, capsys):

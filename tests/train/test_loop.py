@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import signal
@@ -76,8 +77,7 @@ def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(tmp_path, straigh
         sys.executable,
         str(Path(__file__).with_name("toy.py")),
         str(tmp_path),
-        "0.05",
-        str(torch.get_num_threads()),
+        *map(json.dumps, ({"resume": True}, 0.05, torch.get_num_threads(), None)),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         # The first step it takes, after what it says about resuming.

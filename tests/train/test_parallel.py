@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         file.unlink()
     else:
         (path / "state.json").write_text("{")
-    with pytest.raises(UserError, match="damaged; delete .*checkpoint, or start without --resume"):
+    with pytest.raises(UserError, match=r"damaged; delete .*checkpoint, or start without --resume"):
         sharded_checkpoint.load(path)
 
 
@@ -209,7 +209,7 @@ def test_settings_that_do_not_fit_are_refused(fields, message):
 def test_layers_that_cannot_be_split_are_refused(layer, message):
     shape = {"intermediate_size": 64, **({"num_attention_heads": 4} if layer is Attention else {})}
     model = layer(shared_model.HubertECGConfig.preset("tiny", **shape))
-    with pytest.raises(UserError, match=f"--tensor_ranks must divide {message}.*, got 3"):
+    with pytest.raises(UserError, match=rf"--tensor_ranks must divide {message}.*, got 3"):
         parallel.split(nn.Sequential(model), None, 3)
 
 

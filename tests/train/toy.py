@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import nn
 
 from hubert_ecg.config import FinetuneConfig
 from hubert_ecg.files import replacing
-from hubert_ecg.train.distributed import num_ranks, rank
+from hubert_ecg.train.distributed import num_ranks, rank, ranks
 from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.throughput import COLUMNS
@@ -99,12 +101,18 @@ def rows(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    # A slow run for a test to kill: prints each step as it begins.
+    # A run for a test to stop: folder, settings, seconds of a step, threads, and which rank to kill when and how, once.
+    folder, fields, seconds, threads, killed = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
     # Sums are split among threads: as many as in the run it is compared with.
-    torch.set_num_threads(int(sys.argv[3]))
+    torch.set_num_threads(threads)
 
-    def report(step, batch):
+    def on_step(step, batch):
         print(step, flush=True)
-        time.sleep(float(sys.argv[2]))
+        time.sleep(seconds)
+        done = folder / "killed"
+        if killed and [rank(), step] == killed[:2] and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), killed[2])
 
-    make_loop(Path(sys.argv[1]), on_step=report, resume=True).run()
+    with ranks("cpu"):
+        make_loop(folder, on_step=on_step, **fields).run()
