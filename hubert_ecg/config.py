@@ -38,7 +38,8 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
             *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
-            *("num_bootstrap", "teacher_layer", "iterations", "tensor_ranks"),
+            *("num_bootstrap", "teacher_layer", "iterations", "tensor_ranks", "hidden_size", "num_hidden_layers"),
+            *("num_attention_heads", "intermediate_size"),
         ),
         ("at least 1", lambda x: x >= 1),
     ),
@@ -242,6 +243,10 @@ class PretrainConfig(TrainConfig, DataConfig):
     Args:
         preset: "published" sets the published recipe, "corrected" ours (docs/recipes.md); flags given beside it win.
         size: Size of the model: tiny is for tests and demos, the others are the published sizes.
+        hidden_size: Width of the transformer. Default of this and the next three: the model size's own.
+        num_hidden_layers: Transformer layers.
+        num_attention_heads: Heads of each layer.
+        intermediate_size: Width of the feed-forward layers.
         num_epochs: Passes over the training records.
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
@@ -280,6 +285,10 @@ class PretrainConfig(TrainConfig, DataConfig):
 
     preset: Literal["published", "corrected"] | None = None
     size: Size = "base"
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
     num_epochs: int = 100
     batch_size: int = 32
     learning_rate: float = 1e-4
