@@ -25,6 +25,7 @@ Compat = Literal["corrected", "published"]
 FeatureType = Literal["mfcc", "time_freq", "mixed", "latent"]
 MaskStrategy = Literal["tokens", "spans", "lead", "block"]
 Size = Literal["tiny", "small", "base", "large"]
+Parallel = Literal["ddp", "fsdp", "tensor"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -37,8 +38,8 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
             *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
-            *("num_bootstrap", "num_records", "max_clusters"),
-            *("num_bootstrap", "teacher_layer", "iterations"),
+            *("num_bootstrap", "num_records", "max_clusters", "teacher_layer", "iterations", "tensor_ranks"),
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
         ),
         ("at least 1", lambda x: x >= 1),
     ),
@@ -198,6 +199,9 @@ class TrainConfig(_Checked):
         clip_norm: Largest norm of the gradient; 0 turns clipping off.
         precision: auto is float32 on a CPU and bfloat16 on a GPU.
         device: Where to train: auto, cpu, cuda, cuda:1, ...
+        parallel: What the processes of torchrun share: ddp, gradients alone; fsdp, parameters and the optimiser's
+            state too; tensor, the transformer layers too.
+        tensor_ranks: Processes that share each layer with parallel tensor.
         compile: Compile each transformer layer with torch.compile.
         activation_checkpointing: Keep no activations of transformer layers, but compute them again in the backward
             pass: slower, for records or batches that memory does not hold.
@@ -219,6 +223,8 @@ class TrainConfig(_Checked):
     clip_norm: float = 1.0
     precision: Precision = "auto"
     device: str = "auto"
+    parallel: Parallel = "ddp"
+    tensor_ranks: int = 1
     compile: bool = False
     activation_checkpointing: bool = False
     dynamic_regularisation: bool = False
@@ -237,6 +243,10 @@ class PretrainConfig(TrainConfig, DataConfig):
     Args:
         preset: "published" sets the published recipe, "corrected" ours (docs/recipes.md); flags given beside it win.
         size: Size of the model: tiny is for tests and demos, the others are the published sizes.
+        hidden_size: Width of the transformer. Default of this and the next three: the model size's own.
+        num_hidden_layers: Transformer layers.
+        num_attention_heads: Heads of each layer.
+        intermediate_size: Width of the feed-forward layers.
         num_epochs: Passes over the training records.
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
@@ -275,6 +285,10 @@ class PretrainConfig(TrainConfig, DataConfig):
 
     preset: Literal["published", "corrected"] | None = None
     size: Size = "base"
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
     num_epochs: int = 100
     batch_size: int = 32
     learning_rate: float = 1e-4

@@ -36,8 +36,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make durable which files a folder has."""
     if os.name == "posix":
-        _sync(path.parent, os.O_RDONLY)
+        _sync(path, os.O_RDONLY)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

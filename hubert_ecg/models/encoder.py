@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hubert_ecg.config import Compat
 from hubert_ecg.features.tokens import token_geometry
+from hubert_ecg.models.tensor_ranks import TensorRanks, dropout_seed, entering, local, summed
 from hubert_ecg.ops import (
     add_norm,
     bias_gelu,
@@ -460,11 +461,14 @@ class PositionalConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; with ``tensor_ranks``, each of several processes has some of the heads."""
+
+    tensor_ranks: TensorRanks | None = None
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
         self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -483,14 +487,23 @@ class Attention(nn.Module):
             ``[B, N, H]`` or ``[B, M, H]``.
         """
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        weight = torch.cat([local(part.weight) for part in parts])
+        bias = torch.cat([local(part.bias) for part in parts])
+        qkv = F.linear(entering(x, self.tensor_ranks), weight, bias).unflatten(-1, (3, -1, self.head_size))
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout).flatten(-2))
+        seed = dropout_seed(dropout, x.device, self.tensor_ranks)
+        y = masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout, seed=seed)
+        return summed(y.flatten(-2), self.out_proj, self.tensor_ranks)
+
+    def split(self, ranks: TensorRanks) -> None:
+        """Keep the heads of this process."""
+        ranks.split(self, ("q_proj", "k_proj", "v_proj"), "out_proj")
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU between them; with ``tensor_ranks``, each process has a part of what is between."""
+
+    tensor_ranks: TensorRanks | None = None
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
@@ -500,9 +513,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, H]`` to ``[B, N, H]``."""
-        first = self.intermediate_dense
-        x = bias_gelu(F.linear(x, first.weight), first.bias, self.dropout if self.training else 0.0)
-        return self.output_dense(x)
+        first, dropout = self.intermediate_dense, self.dropout if self.training else 0.0
+        seed = dropout_seed(dropout, x.device, self.tensor_ranks)
+        x = F.linear(entering(x, self.tensor_ranks), local(first.weight))
+        return summed(bias_gelu(x, local(first.bias), dropout, seed), self.output_dense, self.tensor_ranks)
+
+    def split(self, ranks: TensorRanks) -> None:
+        """Keep the part of this process."""
+        ranks.split(self, ("intermediate_dense",), "output_dense")
 
 
 class EncoderLayer(nn.Module):

@@ -33,7 +33,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         state: Nested dicts and lists of tensors (any device), NumPy arrays and JSON values.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _pack(state, "", tensors)
+    skeleton = pack(state, "", tensors)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     header = {"version": _VERSION, "crc32": _crc32(tensors), "state": skeleton}
     with replacing(Path(path)) as temporary:
         save_file(_separate(tensors), temporary, metadata={_KEY: json.dumps(header)})
@@ -61,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint: {path} must have format version {_VERSION}, got {header['version']}")
     if header["crc32"] != _crc32(tensors):
         raise UserError(f"checkpoint: {path} is damaged (checksum differs); delete it, or start without --resume")
-    return _unpack(header["state"], tensors)
+    return unpack(header["state"], tensors)
 
 
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: frozenset[str], path: Path) -> None:
@@ -78,17 +79,18 @@ def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: f
             )
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON values, and its tensors and arrays under the path of their keys."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value.detach()
         return {"$tensor": path}
     if isinstance(value, np.ndarray):
         tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
     if isinstance(value, Mapping):
-        return {str(key): _pack(item, f"{path}/{key}".lstrip("/"), tensors) for key, item in value.items()}
+        return {str(key): pack(item, f"{path}/{key}".lstrip("/"), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
+        return [pack(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     return value
@@ -105,15 +107,16 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state of what :func:`pack` gave."""
     if isinstance(value, dict):
         if value.keys() == {"$tensor"}:
             return tensors[value["$tensor"]]
         if value.keys() == {"$array"}:
             return tensors[value["$array"]].numpy()
-        return {key: _unpack(item, tensors) for key, item in value.items()}
+        return {key: unpack(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
+        return [unpack(item, tensors) for item in value]
     return value
 
 

@@ -25,6 +25,8 @@ _TIMEOUT = datetime.timedelta(minutes=10)
 # While rank 0 packs records or fits clusters, the others wait for as long as that takes.
 _PATIENCE = datetime.timedelta(days=7)
 _hosts: dict[Any, Any] = {}
+# How many processes, one after another, read the same records.
+_tensor_ranks = 1
 
 
 class RankLostError(RunError):
@@ -32,14 +34,20 @@ class RankLostError(RunError):
 
 
 @contextlib.contextmanager
-def ranks(device_name: str) -> Iterator[tuple[torch.device, int, int]]:
+def ranks(device_name: str, tensor_ranks: int = 1) -> Iterator[tuple[torch.device, int, int]]:
     """The device, rank and number of the processes that work together; under torchrun, inside their process group.
 
     With device "auto" or "cuda", each process of a machine has a GPU of its own.
 
+    Args:
+        device_name: auto, cpu, cuda, cuda:1, ...
+        tensor_ranks: How many processes share each layer of the model, and so read the same records.
+
     Raises:
         UserError: If there is no such device here.
     """
+    global _tensor_ranks
+    _tensor_ranks = tensor_ranks
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         yield machine.device(device_name), rank(), num_ranks()
         return
@@ -51,7 +59,7 @@ def ranks(device_name: str) -> Iterator[tuple[torch.device, int, int]]:
     device = machine.device(device_name)
     with answering():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-        _host_group()
+        host_group()
     # Not after an error: the others may be gone, and taking leave of them would wait for them.
     yield device, rank(), num_ranks()
     _hosts.clear()
@@ -66,6 +74,16 @@ def rank() -> int:
 def num_ranks() -> int:
     """How many processes work together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def data_rank() -> int:
+    """Which part of the records this process reads."""
+    return rank() // _tensor_ranks
+
+
+def num_data_ranks() -> int:
+    """In how many parts the records are read."""
+    return num_ranks() // _tensor_ranks
 
 
 @contextlib.contextmanager
@@ -105,8 +123,13 @@ def gather(value: _T) -> list[_T]:
         return [value]
     values: list[Any] = [None] * num_ranks()
     with answering():
-        distributed.all_gather_object(values, value, group=_host_group())
+        distributed.all_gather_object(values, value, group=host_group())
     return values
+
+
+def gather_parts(value: _T) -> list[_T]:
+    """The values of all data ranks in their order, on every rank."""
+    return gather(value)[::_tensor_ranks]
 
 
 def agreed(value: _T) -> _T:
@@ -115,7 +138,7 @@ def agreed(value: _T) -> _T:
         return value
     values = [value]
     with answering():
-        distributed.broadcast_object_list(values, src=0, group=_host_group())
+        distributed.broadcast_object_list(values, src=0, group=host_group())
     return values[0]
 
 
@@ -142,9 +165,9 @@ class Share:
 
     def __init__(self, indices: np.ndarray, batch_size: int) -> None:
         num_batches = -(-len(indices) // batch_size)
-        mine = np.array_split(np.arange(num_batches), num_ranks())[rank()]
+        mine = np.array_split(np.arange(num_batches), num_data_ranks())[data_rank()]
         self.indices = indices[mine[0] * batch_size : (mine[-1] + 1) * batch_size] if len(mine) else indices[:0]
-        self._num_polls = num_batches // num_ranks()
+        self._num_polls = num_batches // num_data_ranks()
 
     def polled(self, batches: Iterable[_T], poll: Callable[[], None]) -> Generator[_T, None, None]:
         """The batches of this rank, with a poll before each that every rank has."""
@@ -171,7 +194,7 @@ class Votes:
         with answering():
             found = self.read()
             vote = torch.tensor(mine)
-            work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=_host_group(), async_op=True)
+            work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=host_group(), async_op=True)
         self._sent = vote, work
         return found
 
@@ -185,7 +208,8 @@ class Votes:
         return int(vote)
 
 
-def _host_group() -> Any:
+def host_group() -> Any:
+    """The group in which hosts agree."""
     world = distributed.group.WORLD
     if world not in _hosts:
         _hosts.clear()

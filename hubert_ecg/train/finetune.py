@@ -15,7 +15,7 @@ from hubert_ecg import data, evaluation
 from hubert_ecg.config import FinetuneConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, save_file
 from hubert_ecg.models.pretrained import locate, read_weights
-from hubert_ecg.train import distributed, machine
+from hubert_ecg.train import distributed, machine, parallel
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
@@ -54,11 +54,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     check_wandb(config.wandb)
     data.check_task(config.dataset, config.data_path, config.task)
-    with distributed.ranks(config.device) as (device, rank, num_ranks):
-        return _finetune(config, device, rank, num_ranks)
+    with distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
+        parallel.check(config)
+        return _finetune(config, device)
 
 
-def _finetune(config: FinetuneConfig, device: torch.device, rank: int, num_ranks: int) -> dict[str, Any]:
+def _finetune(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     name = f"{config.dataset}_{config.task}"
     pretrained = input_settings(config)
@@ -72,7 +73,8 @@ def _finetune(config: FinetuneConfig, device: torch.device, rank: int, num_ranks
     torch.manual_seed(config.seed)
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
-    loader = random_crops(store, records.train, config, shuffle=True, rank=rank, num_ranks=num_ranks, device=device)
+    part, num_parts = distributed.data_rank(), distributed.num_data_ranks()
+    loader = random_crops(store, records.train, config, shuffle=True, rank=part, num_ranks=num_parts, device=device)
     loop = Loop(
         config,
         objective,
@@ -343,7 +345,8 @@ class Classification(Objective):
         last = head[-1] if isinstance(head, nn.Sequential) else head
         assert isinstance(last, nn.Linear)
         before = {name: value.clone() for name, value in last.state_dict().items()}
-        scale, mean = (torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in (self.scale, self.mean))
+        device = last.weight.device
+        scale, mean = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (self.scale, self.mean))
         with torch.no_grad():
             last.weight *= scale[:, None]
             last.bias.mul_(scale).add_(mean)

@@ -17,7 +17,7 @@ from hubert_ecg.files import replacing
 from hubert_ecg.models.encoder import num_tokens
 from hubert_ecg.models.pretrained import read_weights
 from hubert_ecg.signal import LEADS
-from hubert_ecg.train import distributed
+from hubert_ecg.train import distributed, parallel, sharded_checkpoint
 from hubert_ecg.train.clusters import kmeans_hash
 from hubert_ecg.train.logs import check_wandb
 from hubert_ecg.train.loop import MAY_DIFFER
@@ -62,7 +62,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         RunError: If the loss is not finite.
     """
     check_settings(config)
-    with distributed.ranks(config.device) as (device, _, _):
+    with distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
+        parallel.check(config)
         if config.iterations == 1:
             return _single(open_run(config, "pretrain", device))
         return _several(config, device)
@@ -123,7 +124,7 @@ def _each(flag: str, text: str | None, count: int, kind: Callable[[str], _T], de
 def _single(run: Run) -> dict[str, Any]:
     kmeans: list[clustering.KMeans] = []
     if run.config.labels is None:
-        resumed = run.config.resume and distributed.agreed((run.folder / "checkpoint.safetensors").is_file())
+        resumed = run.config.resume and distributed.agreed(sharded_checkpoint.find(run.folder) is not None)
         kmeans = saved_kmeans(run) if resumed else find_targets(run)
     return train(run, kmeans)
 
@@ -200,7 +201,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
         "clusters": [kmeans_hash(one) for one in kmeans],
         "teacher": run.featuriser.teacher_hash,
         "start_from": None if run.start is None else weights_hash(run.start),
-        "batch_size": config.batch_size * distributed.num_ranks(),
+        "batch_size": config.batch_size * distributed.num_data_ranks(),
         **own,
     }
     stage = Stage(folder / "train.stage.json", of_training)

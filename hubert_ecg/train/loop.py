@@ -29,11 +29,11 @@ from hubert_ecg.config import FinetuneConfig, PretrainConfig, RunError, UserErro
 from hubert_ecg.files import write_json
 from hubert_ecg.models.encoder import Encoder
 from hubert_ecg.models.hubert_ecg import Backbone
-from hubert_ecg.train import checkpoint, distributed, throughput
-from hubert_ecg.train.gradients import GradientSum
+from hubert_ecg.train import checkpoint, distributed, sharded_checkpoint, throughput
 from hubert_ecg.train.logs import Logs, NoLogs, say
 from hubert_ecg.train.machine import autocast
 from hubert_ecg.train.objective import Batches, Objective
+from hubert_ecg.train.parallel import Parallel, layout
 from hubert_ecg.train.regularisation import DynamicRegularisation
 from hubert_ecg.train.schedule import DROPOUT, LAYERDROP, WarmupLinear, seed_of
 
@@ -43,6 +43,8 @@ MAY_DIFFER = frozenset(
         "activation_checkpointing",
         # What counts is the batch of all ranks together.
         "batch_size",
+        "parallel",
+        "tensor_ranks",
         "cache_dir",
         "checkpoint_every",
         "data_path",
@@ -88,7 +90,7 @@ class Loop:
         config: Settings of the run.
         objective: What to optimise.
         batches: Training micro-batches, each with an `index [B]` of its records; those of this rank.
-        folder: Where checkpoint.safetensors and the logs go.
+        folder: Where checkpoint.safetensors (of a sharded model: checkpoint/) and the logs go.
         device: Where the model is.
         dtype: What autocast runs in.
         record_names: Names of the records with these indices, for messages; default: the indices.
@@ -121,7 +123,6 @@ class Loop:
         self.objective = objective
         self.batches = batches
         self.folder = folder
-        self.checkpoint_path = folder / "checkpoint.safetensors"
         self.device = device
         self.dtype = dtype
         self.record_names = record_names or (lambda index: index.tolist())
@@ -133,6 +134,8 @@ class Loop:
         steps = config.num_epochs * self.steps_per_epoch
         self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
         self.schedule = WarmupLinear(config.learning_rate, self.total_steps, config.warmup)
+        self.parallel = Parallel(config, objective, device, dtype)
+        self.checkpoint_path = folder / ("checkpoint" if self.parallel.sharded else "checkpoint.safetensors")
         self.parameters = {n: p for n, p in objective.model.named_parameters() if p.requires_grad}
         self.optimiser = adamw(self.parameters, config.weight_decay, betas, eps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -146,7 +149,7 @@ class Loop:
             if config.compile and isinstance(module, Backbone):
                 module.compile_layers()
         self.rank, self.num_ranks = distributed.rank(), distributed.num_ranks()
-        self.gradients = GradientSum(self.parameters.values())
+        self.gradients = self.parallel.gradient_sum(self.parameters.values())
         self.progress = Progress()
         self.interval = throughput.Interval(device, dtype)
         self._flops_per_record: int | None = None
@@ -167,8 +170,8 @@ class Loop:
         try:
             return self._run()
         except distributed.RankLostError as error:
-            saved = self.checkpoint_path
-            kept = f"continue with --resume from {saved}" if saved.is_file() else "there is no checkpoint yet"
+            saved = sharded_checkpoint.find(self.folder)
+            kept = f"continue with --resume from {saved}" if saved else "there is no checkpoint yet"
             step = f"{self.progress.step}/{self.total_steps}"
             raise RunError(f"{self.title}: after step {step}, {error}; {kept}") from error
 
@@ -243,14 +246,16 @@ class Loop:
                 # Means over nothing; this rank still takes its part in the collectives of the backward pass.
                 loss, metrics = loss.nan_to_num(), {name: value.nan_to_num() for name, value in metrics.items()}
             loss = (loss * share).sum()
+            self.interval.add({"loss": loss})
+            # Tensor ranks count a micro-batch once each, and their gradients are those of one.
+            loss = loss * self.config.tensor_ranks
             last = micro + 1 == len(group)
             with self.gradients.last_backward(self._dropped()) if last else contextlib.nullcontext():
                 self.scaler.scale(loss).backward()
             finite &= loss.detach().isfinite()
-            self.interval.add({"loss": loss})
             self.interval.add(metrics, share[0])
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm or math.inf)
+        norm = self.parallel.clip(self.parameters.values(), self.config.clip_norm)
         if not self.scaler.is_enabled():
             # The scaler skips a step whose gradient overflows, and mends the cause. Without one nothing would mend it:
             # the step is skipped on the device, and the run ends as soon as the host looks.
@@ -264,7 +269,7 @@ class Loop:
         self.scaler.update()
         self.progress.step = step + 1
         self.interval.num_steps += 1
-        self.interval.num_records += len(records)
+        self.interval.num_records += len(records) / self.config.tensor_ranks
         if self._flops_per_record is None and hasattr(group[0], "ecg"):
             num_samples = group[0].ecg.shape[1:].numel()
             self._flops_per_record = throughput.training_flops(self.objective.model, num_samples)
@@ -290,7 +295,7 @@ class Loop:
 
         Nothing about them needs to be saved, whatever the number of ranks that go on.
         """
-        torch.manual_seed(seed_of(self.config.seed, DROPOUT, step, micro, self.rank))
+        torch.manual_seed(seed_of(self.config.seed, DROPOUT, step, micro, distributed.data_rank()))
         for encoder in self.encoders:
             encoder.layerdrop_seed = seed_of(self.config.seed, LAYERDROP, step, micro)
 
@@ -311,8 +316,10 @@ class Loop:
         step, progress = self.progress.step, self.progress
         if step == self.total_steps:
             progress.finished = progress.finished or "all steps are taken"
-        if progress.finished and self.rank == 0:
-            self.objective.save_last()
+        if progress.finished:
+            with self.parallel.portable():
+                if self.rank == 0:
+                    self.objective.save_last()
         if validated or progress.finished or step % self.config.checkpoint_every == 0:
             self._save()
 
@@ -324,7 +331,7 @@ class Loop:
         self._check_finite()
         began = time.monotonic()
         self.objective.model.eval()
-        with torch.no_grad(), autocast(self.device, self.dtype):
+        with torch.no_grad(), autocast(self.device, self.dtype), self.parallel.gathered():
             metrics = distributed.agreed(self.objective.validate(self._poll))
         self.objective.train_mode()
         value, best = metrics[self.objective.monitor], progress.best
@@ -337,8 +344,9 @@ class Loop:
             progress.best, progress.bad_validations = value, 0
         if first or progress.bad_validations == 0:
             progress.best_step, progress.best_metrics = step, metrics
-            if self.rank == 0:
-                self.objective.save_best()
+            with self.parallel.portable():
+                if self.rank == 0:
+                    self.objective.save_best()
         if self.regularisation is not None:
             self.regularisation.after_validation(progress.bad_validations)
         self.logs.row({"step": step, "epoch": self._epoch(), "split": "validation", **metrics})
@@ -371,11 +379,11 @@ class Loop:
         bad_step = int(distributed.lowest(self._bad_step))
         if bad_step < _NEVER:
             mine = [records for step, records in self._unseen if step == bad_step]
-            records = np.concatenate([found for rank in distributed.gather(mine) for found in rank])
+            records = np.concatenate([found for rank in distributed.gather_parts(mine) for found in rank])
             if self.rank > 0:
                 raise SystemExit(1)
             names = ", ".join(str(name) for name in self.record_names(records))
-            kept = self.checkpoint_path if self.checkpoint_path.is_file() else "none yet"
+            kept = sharded_checkpoint.find(self.folder) or "none yet"
             raise RunError(
                 f"{self.title}: the loss or its gradient is not finite at step {bad_step}, on the batch of records "
                 f"{names}; look at these records, or try a lower --learning_rate or --precision float32 "
@@ -386,7 +394,7 @@ class Loop:
     def _save(self) -> None:
         self._check_finite()
         interval = self.interval.state()
-        if self.rank > 0:
+        if self.rank > 0 and not self.parallel.sharded:
             return
         self.logs.flush()
         progress = self.progress
@@ -397,7 +405,7 @@ class Loop:
             "position": steps_done * self.config.accumulate_steps,
             "total_steps": self.total_steps,
             "config": to_json(self.config),
-            "num_ranks": self.num_ranks,
+            "num_ranks": distributed.num_data_ranks(),
             "data_key": self.data_key,
             "model": self.objective.model.state_dict(),
             "optimiser": {name: self.optimiser.state[p] for name, p in self.parameters.items()},
@@ -406,22 +414,21 @@ class Loop:
             "interval": interval,
             "objective": self.objective.state(),
         }
-        checkpoint.save(self.checkpoint_path, state)
+        sharded_checkpoint.save(self.checkpoint_path, state)
 
     def _resume(self) -> tuple[bool, str]:
         """Take up the last checkpoint if that is asked for: whether it was, and what to tell the user."""
-        path = self.checkpoint_path
         # Asked of one rank before it moves the file away.
-        if not distributed.agreed(path.is_file()):
-            return False, f"{self.title}: no {path} to resume from; starting anew" if self.config.resume else ""
+        path = distributed.agreed(sharded_checkpoint.find(self.folder))
+        if path is None:
+            missing = f"{self.title}: no {self.checkpoint_path} to resume from; starting anew"
+            return False, missing if self.config.resume else ""
         if not self.config.resume:
             # Never continued by accident later, and not lost either.
-            old = path.with_name("checkpoint.old.safetensors")
-            if self.rank == 0:
-                path.replace(old)
+            old = sharded_checkpoint.put_away(path)
             return False, f"{self.title}: starting anew; the checkpoint of an earlier run is now {old}"
-        state = checkpoint.load(path)
-        self._check_same(state)
+        state = sharded_checkpoint.load(path, self._layouts())
+        self._check_same(state, path)
         self.objective.model.load_state_dict(state["model"])
         optimiser = self.optimiser.state_dict()
         optimiser["state"] = {i: state["optimiser"][name] for i, name in enumerate(self._optimised_names())}
@@ -435,18 +442,26 @@ class Loop:
             return True, f"{self.title}: already finished at step {progress.step} ({progress.finished}); nothing to do"
         return True, f"{self.title}: resumed after step {progress.step}/{self.total_steps} from {path}"
 
-    def _check_same(self, state: Mapping[str, Any]) -> None:
+    def _layouts(self) -> dict[str, Tensor]:
+        """Tensors of the model and of the optimiser by their paths in a checkpoint, to be laid out as here."""
+        layouts = {f"model/{name}": value for name, value in self.objective.model.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            layouts |= {f"optimiser/{name}/{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
+        return layouts
+
+    def _check_same(self, state: Mapping[str, Any], path: Path) -> None:
         """Refuse a checkpoint of other records, settings or batches.
 
         Raises:
             UserError: Naming what differs.
         """
-        path, saved = self.checkpoint_path, state["config"]
+        saved = state["config"]
         checkpoint.check_same(saved, to_json(self.config), MAY_DIFFER, path)
         records = saved["batch_size"] * state["num_ranks"]
-        if records != self.config.batch_size * self.num_ranks:
+        num_ranks = distributed.num_data_ranks()
+        if records != self.config.batch_size * num_ranks:
             raise UserError(
-                f"resume: batch_size must be {records / self.num_ranks:g} on {self.num_ranks} rank(s), as in {path} "
+                f"resume: batch_size must be {records / num_ranks:g} on {num_ranks} rank(s), as in {path} "
                 f"({saved['batch_size']} on {state['num_ranks']}), got {self.config.batch_size}; all ranks together "
                 "must read the same batches as before"
             )
@@ -516,10 +531,16 @@ def adamw(
     A parameter with at most one axis longer than 1 is a bias, the scale of a norm or the embedding of the mask: pulling
     those to zero is no regularisation.
     """
-    matrices = [p for p in parameters.values() if sum(n > 1 for n in p.shape) > 1]
-    others = [p for p in parameters.values() if sum(n > 1 for n in p.shape) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        is_matrix = sum(n > 1 for n in parameter.shape) > 1
+        groups.setdefault((not is_matrix, layout(parameter)), []).append(parameter)
+    # Matrices first; of a sharded model, what lies on the ranks in another way is a group of its own.
+    given = [
+        {"params": group, "weight_decay": 0.0 if exempt else weight_decay}
+        for (exempt, _), group in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+    return torch.optim.AdamW(given, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def _groups(source: Generator[Any, None, None], size: int) -> Generator[list[Any], None, None]:

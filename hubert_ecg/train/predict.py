@@ -106,7 +106,7 @@ def scan(
             losses += output.loss.float() * len(batch.index)
         num_rows += len(batch.index)
     mine = torch.cat(scores).numpy() if scores else np.zeros((0, len(model.label_names)), dtype=np.float32)
-    found = distributed.gather((mine, float(losses), num_rows))
+    found = distributed.gather_parts((mine, float(losses), num_rows))
     num_rows = sum(rows for _, _, rows in found)
     loss = sum(loss for _, loss, _ in found) / num_rows if targets is not None and num_rows else float("nan")
     return np.concatenate([scores for scores, _, _ in found]), loss

@@ -15,7 +15,7 @@ from hubert_ecg.config import PretrainConfig, to_json
 from hubert_ecg.features import token_places
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file, token_mask
 from hubert_ecg.ops import span_mask
-from hubert_ecg.train import distributed, machine
+from hubert_ecg.train import distributed, machine, sharded_checkpoint
 from hubert_ecg.train.cluster_use import ClusterUse
 from hubert_ecg.train.logs import say
 from hubert_ecg.train.loop import Loop
@@ -44,7 +44,7 @@ def train(run: Run, kmeans: Sequence[clustering.KMeans], stage: str = "") -> dic
         run.shape.vocab_sizes = [len(one.cluster_centers_) for one in kmeans]
     torch.manual_seed(config.seed)
     objective = MaskedPrediction(config, run.shape, labels, store, run.validation, run.device, title)
-    resumed = config.resume and distributed.agreed((run.folder / "checkpoint.safetensors").is_file())
+    resumed = config.resume and distributed.agreed(sharded_checkpoint.find(run.folder) is not None)
     if run.start is not None and not resumed:
         load_start(objective.model, run.start, str(config.start_from))
     loader = random_crops(
@@ -53,8 +53,8 @@ def train(run: Run, kmeans: Sequence[clustering.KMeans], stage: str = "") -> dic
         config,
         shuffle=True,
         labels=labels.names,
-        rank=distributed.rank(),
-        num_ranks=distributed.num_ranks(),
+        rank=distributed.data_rank(),
+        num_ranks=distributed.num_data_ranks(),
         device=run.device,
     )
     loop = Loop(

@@ -129,8 +129,9 @@ def model_config(config: PretrainConfig) -> HubertECGConfig:
         "mask_time_length": config.mask_length,
         "compat": config.compat,
     }
-    if config.layerdrop is not None:
-        overrides["layerdrop"] = config.layerdrop
+    for name in ("layerdrop", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if getattr(config, name) is not None:
+            overrides[name] = getattr(config, name)
     if config.dropout is not None:
         overrides |= dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout"), config.dropout)
     rate = 500 / config.downsampling_factor
@@ -138,6 +139,6 @@ def model_config(config: PretrainConfig) -> HubertECGConfig:
         return HubertECGConfig.preset(config.size, sampling_rate_hz=rate, **overrides)
     except ValueError as error:
         raise UserError(
-            f"pretrain: there is no {config.size} model for downsampling_factor {config.downsampling_factor} "
+            f"pretrain: there is no such {config.size} model for downsampling_factor {config.downsampling_factor} "
             f"(500 Hz divided by it): {error}"
         ) from error

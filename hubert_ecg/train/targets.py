@@ -11,7 +11,7 @@ from hubert_ecg import clustering, evaluation
 from hubert_ecg.clustering.ranks import Ranks
 from hubert_ecg.config import UserError, to_json
 from hubert_ecg.files import write_json
-from hubert_ecg.train import checkpoint, distributed
+from hubert_ecg.train import distributed, sharded_checkpoint
 from hubert_ecg.train.clusters import IN_MEMORY_BYTES, find_clusters, load_kmeans
 from hubert_ecg.train.run import Run, ensemble_name, kmeans_file
 from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
@@ -105,8 +105,9 @@ def saved_kmeans(run: Run) -> list[clustering.KMeans]:
     Raises:
         UserError: If the teacher has other weights than then.
     """
-    path = run.folder / "checkpoint.safetensors"
-    state = checkpoint.load(path)["objective"]
+    path = distributed.agreed(sharded_checkpoint.find(run.folder))
+    assert path is not None
+    state = sharded_checkpoint.load(path, only="objective")
     if state["teacher"] != run.featuriser.teacher_hash:
         raise UserError(f"resume: --teacher {run.config.teacher} has other weights than in the run of {path}")
     return [clustering.KMeans.from_state(one) for one in state["kmeans"]]

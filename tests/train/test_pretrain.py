@@ -376,6 +376,9 @@ def test_flags_shape_the_model(tmp_path):
     assert shape.layerdrop == HubertECGConfig.preset("tiny").layerdrop
     assert shape.sampling_rate_hz == 50
     assert shape.conv_stride == (4, 2, 2, 2)
+    given = {"hidden_size": 96, "num_hidden_layers": 7, "num_attention_heads": 6, "intermediate_size": 200}
+    larger = model_config(settings(tmp_path, tmp_path, **given))
+    assert {name: getattr(larger, name) for name in given} == given
 
 
 def test_a_given_kmeans_model_sets_the_number_of_clusters(cohort, tmp_path):
@@ -414,6 +417,7 @@ def test_published_features_and_other_types_train_too(cohort, tmp_path, feature_
         ({"data_path": Path("/nowhere/at/all")}, "/nowhere/at/all"),
         ({"num_clusters": 100_000}, "num_clusters must be at most the number of tokens"),
         ({"downsampling_factor": 4}, "downsampling_factor"),
+        ({"hidden_size": 100}, "hidden_size must be a multiple of num_conv_pos_embedding_groups, got 100 and 16"),
         ({"device": "cuda:77"}, "device: "),
         ({"compat": "published", "crop_s": 10.0}, "crop_s must be 5"),
     ],
