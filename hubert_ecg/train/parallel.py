@@ -43,7 +43,7 @@ def check(config: PretrainConfig | FinetuneConfig) -> None:
         )
     if config.parallel != "ddp" and config.precision == "float16":
         raise UserError(f"--precision must not be float16 with --parallel {config.parallel}; use bfloat16")
-    if config.parallel != "ddp" and torch.torch_version.TorchVersion(torch.__version__) < (2, 9):
+    if config.parallel != "ddp" and torch.torch_version.TorchVersion(torch.__version__) < "2.9":
         raise UserError(f"--parallel {config.parallel} needs torch 2.9 or newer, this is {torch.__version__}")
 
 
@@ -108,11 +108,13 @@ class Parallel:
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        yield
-        # The root keeps its parameters between forward and backward pass in any case.
-        for module in modules:
-            module.set_reshard_after_forward(module is not self.objective.model, recurse=False)
-            module.reshard()
+        try:
+            yield
+        finally:
+            # The root keeps its parameters between forward and backward pass in any case.
+            for module in modules:
+                module.set_reshard_after_forward(module is not self.objective.model, recurse=False)
+                module.reshard()
 
     @contextlib.contextmanager
     def portable(self) -> Iterator[None]:
@@ -177,25 +179,27 @@ def split(model: nn.Module, ranks: TensorRanks, number: int) -> None:
         UserError: If that number of ranks cannot share one.
     """
     for module in model.modules():
-        if isinstance(module, (Attention, FeedForward)):
-            is_attention = isinstance(module, Attention)
-            width = module.num_heads if is_attention else module.intermediate_dense.out_features
-            if width % number:
-                what = "heads" if is_attention else "feed-forward channels"
-                raise UserError(f"--tensor_ranks must divide the {width} {what} of a layer, got {number}")
-            module.split(ranks)
+        if isinstance(module, Attention):
+            width, what = module.num_heads, "heads"
+        elif isinstance(module, FeedForward):
+            width, what = module.intermediate_dense.out_features, "feed-forward channels"
+        else:
+            continue
+        if width % number:
+            raise UserError(f"--tensor_ranks must divide the {width} {what} of a layer, got {number}")
+        module.split(ranks)
 
 
-def layout(x: Tensor) -> Any:
+def layout(x: Any) -> Any:
     """How a tensor lies on the ranks, which those that are worked on together must share; None for an ordinary one."""
     return (x.device_mesh, x.placements) if hasattr(x, "device_mesh") else None
 
 
 def laid_out(whole: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank has whole, laid out on the ranks as another one of its shape; nothing is sent."""
-    mesh, placements = getattr(like, "device_mesh", None), getattr(like, "placements", ())
-    if mesh is None:
-        return whole.to(like.device)
+    if layout(like) is None:
+        return whole
+    mesh, placements = layout(like)
     part = whole
     # Split over tensor ranks first, then what is left over data ranks.
     for axis in reversed(range(mesh.ndim)):

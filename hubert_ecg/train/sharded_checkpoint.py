@@ -8,18 +8,19 @@ where in the whole each tensor belongs, so that whoever reads them may be cut in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hubert_ecg.config import UserError
+from hubert_ecg.config import RunError, UserError
 from hubert_ecg.files import sync_folder, write_json
 from hubert_ecg.train import checkpoint, distributed
 from hubert_ecg.train.parallel import laid_out, layout
@@ -52,6 +53,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     Args:
         path: ``checkpoint.safetensors`` or ``checkpoint``; what it was before stays until the new one is whole.
         state: As :func:`checkpoint.save` takes it; of what is no DTensor, that of rank 0 counts.
+
+    Raises:
+        RunError: If a rank cannot write.
     """
     if path.suffix:
         if distributed.rank() == 0:
@@ -59,8 +63,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         return
     from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    rank = distributed.rank()
+    rank, alone = distributed.rank(), distributed.num_ranks() == 1
     tensors: dict[str, Tensor] = {}
     skeleton = checkpoint.pack(state, "", tensors)
     if rank > 0:
@@ -75,10 +80,14 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         shutil.rmtree(shards, ignore_errors=True)
         shards.mkdir(parents=True)
     distributed.agreed(None)
-    with distributed.answering():
-        # Written to the disk before it returns.
-        writer = dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=distributed.host_group())
+    writer = dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True)
+    try:
+        with distributed.answering(), _quiet():
+            # Written to the disk before it returns.
+            group = None if alone else distributed.host_group()
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+    except CheckpointException as error:
+        raise RunError(f"checkpoint: {shards} could not be written: {error}") from error
     mine = {file.name: _crc32(file) for file in shards.glob(f"shard-{rank + 1:05d}-*")}
     files = {name: crc for found in distributed.gather(mine) for name, crc in found.items()}
     if rank == 0:
@@ -119,17 +128,27 @@ def _read_tensors(shards: Path, like: Mapping[str, Tensor], only: str | None) ->
 
     reader = dcp.HuggingFaceStorageReader(str(shards))
     tensors = {}
-    for name, found in reader.read_metadata().state_dict_metadata.items():
+    metadata: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    for name, found in metadata.items():
         if only is None or name.split("/")[0] == only:
             dtype = found.properties.dtype
-            there = name in like
-            tensors[name] = torch.zeros_like(like[name], dtype=dtype) if there else torch.empty(found.size, dtype=dtype)
+            shared = layout(like.get(name)) is not None
+            tensors[name] = (
+                torch.zeros_like(like[name], dtype=dtype) if shared else torch.empty(found.size, dtype=dtype)
+            )
     if tensors:
-        with warnings.catch_warnings():
+        with _quiet():
             # Each rank reads what it needs, by itself.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warning that a rank works by itself where it is told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _read(path: Path) -> dict[str, Any]:

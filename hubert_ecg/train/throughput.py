@@ -124,7 +124,7 @@ class Interval:
 
     def start(self) -> None:
         """Begin to measure time."""
-        self.num_records, self.waited, self.since = 0, 0.0, time.monotonic()
+        self.num_records, self.waited, self.since = 0.0, 0.0, time.monotonic()
 
     def add(self, values: Mapping[str, Tensor], share: float | Tensor = 1.0) -> None:
         """Take in the scalars of a micro-batch that has this share in its step."""

@@ -24,6 +24,7 @@ from hubert_ecg.train.objective import Objective
 
 # The last of the 5 micro-batches of an epoch is too small for 4 ranks, and the last step has 1 instead of 2.
 NUM_RECORDS, GLOBAL_BATCH, NUM_CLUSTERS = 18, 4, 7
+NUM_SAMPLES, NUM_TOKENS, NUM_MASKED = 200, 37, 12
 
 
 @dataclasses.dataclass
@@ -41,9 +42,9 @@ class Batches:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.ecg = torch.randn(NUM_RECORDS, 12, 500, generator=generator)
-        self.labels = torch.randint(NUM_CLUSTERS, (NUM_RECORDS, 93), generator=generator)
-        self.mask = torch.rand(NUM_RECORDS, 93, generator=generator).argsort(1)[:, :31].sort(1).values
+        self.ecg = torch.randn(NUM_RECORDS, 12, NUM_SAMPLES, generator=generator)
+        self.labels = torch.randint(NUM_CLUSTERS, (NUM_RECORDS, NUM_TOKENS), generator=generator)
+        self.mask = torch.rand(NUM_RECORDS, NUM_TOKENS, generator=generator).argsort(1)[:, :NUM_MASKED]
 
     def batches(self, epoch, start=0):
         order = np.random.default_rng([5, epoch]).permutation(NUM_RECORDS)
@@ -92,9 +93,9 @@ class Prediction(Objective):
         return {"kmeans": {"centres": torch.arange(6.0).view(2, 3), "name": "toy"}}
 
 
-def run(folder: str, stop_before=None, shape=None, resume_from=None, **settings) -> None:
+def run(folder: str, stop_before=None, shape=None, resume_from=None, validate_first=False, **settings) -> None:
     """One run. ``resume_from`` is the folder of a run that was stopped, which is left as it is."""
-    fields = {"learning_rate": 3e-3, "num_epochs": 2, "checkpoint_every": 1, "log_every": 2, "accumulate_steps": 2}
+    fields = {"learning_rate": 3e-3, "max_steps": 4, "checkpoint_every": 2, "log_every": 2, "accumulate_steps": 2}
     config = FinetuneConfig(
         dataset="toy",
         task="all",
@@ -112,6 +113,9 @@ def run(folder: str, stop_before=None, shape=None, resume_from=None, **settings)
         objective = Prediction(Path(folder), stop_before, **(shape or {}))
         dtype = machine.dtype(config.precision, device)
         loop = Loop(config, objective, Batches(), folder=Path(folder), device=device, dtype=dtype)
+        if validate_first:
+            with torch.no_grad(), loop.parallel.gathered():
+                objective.validate(lambda: None)
         with contextlib.suppress(Interrupted):
             loop.run()
         check_agreement(loop)

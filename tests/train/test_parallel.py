@@ -22,8 +22,8 @@ from . import shared_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FSDP, TENSOR = {"parallel": "fsdp"}, {"parallel": "tensor", "tensor_ranks": 2}
-# Steps are 0 to 5; a checkpoint is written after each.
-STOP = {"stop_before": 4}
+# Steps are 0 to 3; a checkpoint is written after 2, 3 (the end of an epoch, which is validated) and 4.
+STOP = {"stop_before": 3}
 
 
 def launch(num_ranks: int, folder: Path, jobs: dict[str, dict]) -> None:
@@ -50,9 +50,9 @@ def runs(tmp_path_factory) -> Path:
     alone(folder / "one")
     alone(folder / "stopped_one", **STOP)
     jobs = {
-        "fsdp": FSDP | {"activation_checkpointing": True},
+        "fsdp": FSDP | {"activation_checkpointing": True, "validate_first": True},
         "stopped_fsdp": FSDP | STOP,
-        "tensor": TENSOR,
+        "tensor": TENSOR | {"validate_first": True},
         "stopped_tensor": TENSOR | STOP,
         "fsdp_to_tensor": TENSOR | {"resume_from": str(folder / "stopped_fsdp")},
         "one_to_fsdp": FSDP | {"resume_from": str(folder / "stopped_one")},
@@ -94,7 +94,7 @@ def test_two_ranks_that_share_train_as_one_does(runs, how):
 @pytest.mark.parametrize("how", ["fsdp", "tensor"])
 def test_a_sharded_checkpoint_is_that_of_one_process(runs, how):
     one, many = (sharded_checkpoint.load(sharded_checkpoint.find(runs / f"stopped_{x}")) for x in ("one", how))
-    assert many["progress"]["step"] == one["progress"]["step"] == 4
+    assert many["progress"]["step"] == one["progress"]["step"] == 3
     assert torch.equal(one["objective"]["kmeans"]["centres"], many["objective"]["kmeans"]["centres"])
     for part in ("model", "optimiser"):
         assert one[part].keys() == many[part].keys()
