@@ -29,7 +29,7 @@ from hubert_ecg.train.targets import check_num_clusters, find_targets, saved_kme
 from hubert_ecg.train.teacher import check_flags, weights_hash
 
 _T = TypeVar("_T", int, float)
-# Clusters of the second iteration, and of those after it (METHOD: 500 or 1000).
+# Clusters of the second iteration, and of those after it.
 _LATER_CLUSTERS = "500,1000"
 # Settings that decide over clusters alone, or over iterations: a training stage looks at what came of them instead.
 _NOT_OF_TRAINING = {
