@@ -195,8 +195,8 @@ def test_wfdb_marks_missing_samples(tmp_path):
 
 
 HEADER = """X1.mat 2 500 700 05-May-2020 09:49:17
-X1.mat 16+24 1000(7)/mV 16 0 1 1 0 I
-X1.mat 16+24 500/uV 16 3 1 1 0 II
+X1.mat 16+24 1000(7)/mV 16 0 0 -17494 0 I
+X1.mat 16+24 500/uV 16 3 700 13754 0 II
 #Age: 50
 """
 
