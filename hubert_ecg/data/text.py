@@ -23,7 +23,7 @@ def header(path: Path) -> tuple[str, ...]:
     """The columns of a text recording; empty when the file is another kind of text."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         names = _split(file.readline(1000))[0]
-    return names if any(map(lead_name, names)) and all(map(_is_known, names)) else ()
+    return names if any(lead_name(_parts(name)[0]) for name in names) and all(map(_is_known, names)) else ()
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
