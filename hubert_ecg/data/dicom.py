@@ -46,6 +46,9 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) ->
         raise ValueError("dicom.read: file must hold original samples, got derived ones alone")
     position, group = max(groups, key=lambda item: len(set(map(_lead, _channels(item[1]))) & {*LEADS}))
     channels = _channels(group)
+    wanted = group.NumberOfWaveformChannels * group.NumberOfWaveformSamples * group.WaveformBitsAllocated // 8
+    if len(group.WaveformData) != wanted + wanted % 2:
+        raise ValueError(f"dicom.read: samples must fill {wanted} bytes, got {len(group.WaveformData)}")
     raw = pydicom.waveforms.multiplex_array(dataset, position).T
     if len(raw) != len(channels):
         raise ValueError(f"dicom.read: file must define {len(raw)} channels, got {len(channels)}")

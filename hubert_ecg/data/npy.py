@@ -6,6 +6,7 @@ A .npz archive is read like an HDF5 file: the array ``ecg``, ``signal``, ``traci
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,10 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("npy.read: file must be in NumPy's .npy format, got other content")
         file.seek(0)
-        _claimed(file, path.stat().st_size)
+        shape, dtype = _claimed(file, path.stat().st_size)
+        wanted = file.tell() + math.prod(shape) * dtype.itemsize
+        if not dtype.hasobject and wanted != path.stat().st_size:
+            raise ValueError(f"npy.read: file must have {wanted} bytes, as its header says, got {path.stat().st_size}")
     signal = rows_are_leads(np.load(path, allow_pickle=False), lead_names)
     return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)
 
@@ -50,27 +54,27 @@ def read_npz(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> 
     """
     with zipfile.ZipFile(path) as archive:
         check_claim(sum(item.file_size for item in archive.infolist()), path.stat().st_size)
-        shapes = {}
+        ndims = {}
         for item in archive.infolist():
             with archive.open(item) as file:
-                shapes[item.filename.removesuffix(".npy")] = _claimed(file, path.stat().st_size)
+                ndims[item.filename.removesuffix(".npy")] = len(_claimed(file, path.stat().st_size)[0])
     with np.load(path, allow_pickle=False) as arrays:
-        array = arrays[signal_name({name: len(shape) for name, shape in shapes.items()}, "read_npz")]
-        for name in shapes.keys() & set(RATE_NAMES):
+        array = arrays[signal_name(ndims, "npy.read_npz")]
+        for name in ndims.keys() & set(RATE_NAMES):
             sampling_rate_hz = float(np.ravel(arrays[name])[0])
-        for name in shapes.keys() & set(_LEADS_NAMES):
+        for name in ndims.keys() & set(_LEADS_NAMES):
             lead_names = [str(lead) for lead in np.ravel(arrays[name])]
     signal = rows_are_leads(array, lead_names)
     return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)
 
 
-def _claimed(file: Any, held: int) -> tuple[int, ...]:
-    """The shape that an array's header claims, before memory is taken for it."""
+def _claimed(file: Any, held: int) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and type that an array's header claims, before memory is taken for it."""
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = header(file)
-    check_claim(int(np.prod(shape, dtype=object)) * dtype.itemsize, held)
-    return tuple(shape)
+    check_claim(math.prod(shape) * dtype.itemsize, held)
+    return tuple(shape), dtype
 
 
 def check_claim(num_bytes: int, held: int) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -66,3 +69,12 @@ def store(tmp_path_factory):
 def published(tmp_path_factory):
     """The same records, kept at 500 Hz for the published decimation."""
     return build(Beats(), tmp_path_factory.mktemp("published") / "s", Settings(compat="published"), shard_records=2)
+
+
+@pytest.fixture(scope="session")
+def save():
+    """``save(format, stem, signal, rate, leads, unit)`` writes a file of any format that is read; see writers.py."""
+    spec = importlib.util.spec_from_file_location("writers", Path(__file__).with_name("writers.py"))
+    writers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writers)
+    return writers.save

@@ -209,13 +209,14 @@ MUSE_UNITS = {"mV": "MILLIVOLTS", "uV": "MICROVOLTS", "V": "VOLTS", "nV": "NANOV
 def aecg(stem, signal, rate, leads, unit="mV"):
     scale = f'<origin value="{0.25 * PER_MV[unit]}" unit="{unit}"/><scale value="{1e-3 * PER_MV[unit]}" unit="{unit}"/>'
     sequences = [
-        '<component><sequence><code code="TIME_RELATIVE" codeSystem="2.16.840.1.113883.5.4"/><value xsi:type="GLIST_PQ">'
+        '<component><sequence><code code="TIME_RELATIVE"/><value xsi:type="GLIST_PQ">'
         f'<head value="0" unit="s"/><increment value="{1 / rate!r}" unit="s"/></value></sequence></component>'
     ]
     for lead, row in zip(leads, digital(signal - 0.25), strict=True):
         sequences.append(
-            f'<component><sequence><code code="MDC_ECG_LEAD_{lead.upper().split()[-1]}" codeSystem="2.16.840.1.113883.6.24"/>'
-            f'<value xsi:type="SLIST_PQ">{scale}<digits>{" ".join(map(str, row))}</digits></value></sequence></component>'
+            f'<component><sequence><code code="MDC_ECG_LEAD_{lead.upper().split()[-1]}"/>'
+            f'<value xsi:type="SLIST_PQ">{scale}<digits>{" ".join(map(str, row))}</digits></value></sequence>'
+            "</component>"
         )
     (path := stem.with_suffix(".xml")).write_text(
         '<?xml version="1.0" encoding="UTF-8"?>\n<AnnotatedECG xmlns="urn:hl7-org:v3" '
@@ -250,7 +251,8 @@ def philips(stem, signal, rate, leads, unit="mV"):
         "<generalpatientdata><name><lastname>Nobody</lastname></name><age><years>61</years></age><sex>Female</sex>"
         f'</generalpatientdata></patient><waveforms><parsedwaveforms dataencoding="Base64" compressmethod="XLI" '
         f'durationperchannel="{round(signal.shape[1] / rate * 1000)}" numberofleads="12" '
-        f'leadlabels="{" ".join(leads)}">{base64.b64encode(packed).decode()}</parsedwaveforms></waveforms></restingecgdata>'
+        f'leadlabels="{" ".join(leads)}">{base64.b64encode(packed).decode()}</parsedwaveforms></waveforms>'
+        "</restingecgdata>"
     )
     return path
 
@@ -280,14 +282,14 @@ def scp(stem, signal, rate, leads, unit="mV"):
         encoded.append(int(bits + "0" * (-len(bits) % 16), 2).to_bytes(-(-len(bits) // 16) * 2, "big"))
     sizes = [len(chunk) for chunk in encoded]
     patient = struct.pack("<BHHB", 4, 3, 61, 1) + struct.pack("<BHB", 8, 1, 2) + struct.pack("<BH", 255, 0)
-    definitions = [
-        struct.pack("<IIB", 1, samples.shape[1], LEAD_CODES[lead.upper().split()[-1]]) for lead in leads
-    ]
+    definitions = [struct.pack("<IIB", 1, samples.shape[1], LEAD_CODES[lead.upper().split()[-1]]) for lead in leads]
     bodies = {
         1: patient + b"\0" * (len(patient) % 2),
         2: struct.pack("<H", 19999),
         3: struct.pack("<BB", len(leads), 0b100 | len(leads) << 3 & 0xFF) + b"".join(definitions),
-        6: struct.pack("<HHBB", 1000, round(1e6 / rate), 2, 0) + struct.pack(f"<{len(sizes)}H", *sizes) + b"".join(encoded),
+        6: struct.pack("<HHBB", 1000, round(1e6 / rate), 2, 0)
+        + struct.pack(f"<{len(sizes)}H", *sizes)
+        + b"".join(encoded),
     }
     bodies = {number: body + b"\0" * (len(body) % 2) for number, body in bodies.items()}
     start, sections, pointers = 7 + 16 + 120, b"", {0: (16 + 120, 7)}
@@ -338,10 +340,6 @@ WRITERS = {
     "philips": philips,
     "scp": scp,
 }
-# What these formats can be written in, beside mV.
-UNITS = {name: ("mV",) for name in WRITERS} | dict.fromkeys(
-    ("csv", "parquet", "wfdb", "wfdb_fixed", "wfdb_variable", "edf", "bdf", "dicom", "muse", "aecg"), ("mV", "uV", "V")
-)
 
 
 def save(name: str, stem: Path, signal, rate, leads, unit="mV") -> Path:
