@@ -15,11 +15,8 @@ from hubert_ecg.data.record import lead_name
 from hubert_ecg.signal import LEADS
 
 NUM_VARIANTS = 1000
-WRITTEN = (
-    ("npy", "npz", "mat", "hdf5", "txt", "csv", "parquet")
-    + ("wfdb", "wfdb_fixed", "wfdb_variable")
-    + ("edf", "bdf", "dicom", "muse", "aecg", "philips", "scp")
-)
+WRITTEN = ("npy", "npz", "mat", "hdf5", "txt", "csv", "parquet", "wfdb", "wfdb_fixed", "wfdb_variable")
+WRITTEN += ("edf", "bdf", "dicom", "muse", "aecg", "philips", "scp")
 REAL = (
     "cinc2021/georgia/E07520.hea",
     "cinc2021/chapman_ningbo/JS00001.hea",
@@ -59,7 +56,7 @@ def nans(content, rng):
 
 def flipped(content, rng):
     changed = np.frombuffer(content, dtype=np.uint8).copy()
-    changed[rng.integers(len(changed), size=rng.integers(1, 9))] ^= rng.integers(1, 256)
+    changed[rng.integers(len(changed), size=rng.integers(1, 9))] ^= np.uint8(rng.integers(1, 256))
     return changed.tobytes()
 
 
