@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("shuffled")
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_order_rate_and_units_do_not_matter(save, folder, data):
     name = data.draw(st.sampled_from(FORMATS))
