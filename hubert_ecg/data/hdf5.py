@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.npy import rows_are_leads
+from hubert_ecg.data.npy import RATE_NAMES, check_claim, rows_are_leads, signal_name
 from hubert_ecg.data.record import Record
-
-_SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
-_RATE_NAMES = ("sampling_rate", "sample_rate", "fs")
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
@@ -31,17 +28,13 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
         arrays = {
             name: item for name, item in file.items() if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf"
         }
-        named = [name for name in _SIGNAL_NAMES if name in arrays]
-        matrices = [name for name, item in arrays.items() if item.ndim == 2]
-        if not named and len(matrices) != 1:
-            wanted = ", ".join(_SIGNAL_NAMES)
-            raise ValueError(f"hdf5.read: file must hold one of {wanted} or one 2-D array, got {sorted(arrays)}")
-        item = arrays[named[0] if named else matrices[0]]
+        item = arrays[signal_name({name: item.ndim for name, item in arrays.items()}, "hdf5.read")]
         if item.ndim == 3:
             raise ValueError(f"hdf5.read: file must hold one recording, got {item.shape[0]} in {item.name}")
         for attributes in (file.attrs, item.attrs):
-            for name in _RATE_NAMES:
+            for name in RATE_NAMES:
                 if name in attributes:
                     sampling_rate_hz = float(np.ravel(attributes[name])[0])
+        check_claim(item.nbytes, path.stat().st_size)
         signal = rows_are_leads(item[()], lead_names)
     return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from hubert_ecg.data import hdf5
-from hubert_ecg.data.npy import rows_are_leads
-from hubert_ecg.data.record import Record
+from hubert_ecg.data.npy import RATE_NAMES, rows_are_leads
+from hubert_ecg.data.record import Record, age_of, sex_of
 
 # WFDB's MATLAB files keep ADC units; without their header the gain of all Challenge sources is taken.
 _VAL_PER_MV = 1000.0
-_RATE_NAMES = ("curr_sample_rate", "sampling_rate", "sample_rate", "fs")
+_RATE_NAMES = ("curr_sample_rate", *RATE_NAMES)
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
@@ -41,10 +41,9 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
         struct = content["ECG"][0, 0]
         signal = rows_are_leads(struct["data"], lead_names)
         if "age" in struct.dtype.names and struct["age"].size:
-            age = float(struct["age"].flat[0])
-            facts["age"] = age if np.isfinite(age) else None
+            facts["age"] = age_of(struct["age"].flat[0])
         if "sex" in struct.dtype.names and struct["sex"].size:
-            facts["sex"] = {"m": "male", "f": "female"}.get(str(struct["sex"].flat[0])[:1].lower())
+            facts["sex"] = sex_of(struct["sex"].flat[0])
     else:
         arrays = {
             name: value

@@ -1,15 +1,30 @@
-"""NumPy files: one array ``[n_leads, n_samples]`` in mV; which leads it holds is for the caller to say."""
+"""NumPy files: an array ``[n_leads, n_samples]`` in mV; which leads a .npy holds is for the caller to say.
+
+A .npz archive is read like an HDF5 file: the array ``ecg``, ``signal``, ``tracings`` or ``data``, or its only matrix;
+``fs``, ``sampling_rate`` or ``sample_rate`` and ``lead_names`` or ``leads`` beside it win over the caller.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hubert_ecg.data.record import Record
 
+SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
+RATE_NAMES = ("sampling_rate", "sample_rate", "fs")
+_LEADS_NAMES = ("lead_names", "leads")
+
 _MAGIC = b"\x93NUMPY"
+
+# Deflate, the strongest compression in use, makes nothing smaller than this; and what is small does no harm.
+_LARGEST_RATIO = 1032
+_HARMLESS_BYTES = 2**26
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
@@ -21,9 +36,69 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
     with open(path, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("npy.read: file must be in NumPy's .npy format, got other content")
-    array = np.load(path, allow_pickle=False)
+        file.seek(0)
+        shape, dtype = _claimed(file, path.stat().st_size)
+        wanted = file.tell() + math.prod(shape) * dtype.itemsize
+        if not dtype.hasobject and wanted != path.stat().st_size:
+            raise ValueError(f"npy.read: file must have {wanted} bytes, as its header says, got {path.stat().st_size}")
+    signal = rows_are_leads(np.load(path, allow_pickle=False), lead_names)
+    return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)
+
+
+def read_npz(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
+    """Read a .npz archive. Arrays of Python objects are refused: they could run code.
+
+    Raises:
+        ValueError: The archive holds no array of these leads, or several.
+        zipfile.BadZipFile: The archive is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        check_claim(sum(item.file_size for item in archive.infolist()), path.stat().st_size)
+        ndims = {}
+        for item in archive.infolist():
+            with archive.open(item) as file:
+                ndims[item.filename.removesuffix(".npy")] = len(_claimed(file, path.stat().st_size)[0])
+    with np.load(path, allow_pickle=False) as arrays:
+        array = arrays[signal_name(ndims, "npy.read_npz")]
+        for name in ndims.keys() & set(RATE_NAMES):
+            sampling_rate_hz = float(np.ravel(arrays[name])[0])
+        for name in ndims.keys() & set(_LEADS_NAMES):
+            lead_names = [str(lead) for lead in np.ravel(arrays[name])]
     signal = rows_are_leads(array, lead_names)
     return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)
+
+
+def _claimed(file: Any, held: int) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and type that an array's header claims, before memory is taken for it."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    check_claim(math.prod(shape) * dtype.itemsize, held)
+    return tuple(shape), dtype
+
+
+def check_claim(num_bytes: int, held: int) -> None:
+    """Whether what is held can be as many bytes as it says, before memory is taken for them.
+
+    Raises:
+        ValueError: No compression in use makes so much so small.
+    """
+    if num_bytes > max(_HARMLESS_BYTES, _LARGEST_RATIO * held):
+        raise ValueError(f"check_claim: file must hold its arrays, got {held} bytes that claim to be {num_bytes:.3g}")
+
+
+def signal_name(ndims: Mapping[str, int], reader: str) -> str:
+    """Which array of a file is its recording: one of :data:`SIGNAL_NAMES`, or its only matrix.
+
+    Raises:
+        ValueError: There is none, or there are several; ``reader`` is named in the message.
+    """
+    named = [name for name in SIGNAL_NAMES if name in ndims]
+    matrices = [name for name, ndim in ndims.items() if ndim == 2]
+    if not named and len(matrices) != 1:
+        wanted = ", ".join(SIGNAL_NAMES)
+        raise ValueError(f"{reader}: file must hold one of {wanted} or one 2-D array, got {sorted(ndims)}")
+    return named[0] if named else matrices[0]
 
 
 def rows_are_leads(array: np.ndarray, lead_names: Sequence[str]) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data import hdf5, mat, npy, text, wfdb_files
+from hubert_ecg.data import dicom, ecgdatakit_files, edf, hdf5, mat, npy, parquet, text, wfdb_files
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
 
@@ -15,10 +16,18 @@ Reader = Callable[[Path, float, Sequence[str]], Record]
 READERS: dict[str, Reader] = {
     ".hea": wfdb_files.read,
     ".npy": npy.read,
+    ".npz": npy.read_npz,
     ".mat": mat.read,
     ".h5": hdf5.read,
     ".hdf5": hdf5.read,
     ".txt": text.read,
+    ".csv": text.read,
+    ".parquet": parquet.read,
+    ".edf": edf.read,
+    ".bdf": edf.read,
+    ".dcm": dicom.read,
+    ".xml": ecgdatakit_files.read,
+    ".scp": ecgdatakit_files.read,
 }
 
 
@@ -49,7 +58,10 @@ def read_record(path: str | Path, sampling_rate_hz: float = 500.0, lead_names: S
     if reader is None:
         raise ReadError(f"{path}: no reader for {path.suffix or 'files without suffix'}; known: {', '.join(READERS)}")
     try:
-        return reader(path, sampling_rate_hz, lead_names)
+        with warnings.catch_warnings():
+            # What a library does about a damaged file, beside what it says of it, is checked by the readers.
+            warnings.simplefilter("ignore")
+            return reader(path, sampling_rate_hz, lead_names)
     except MemoryError as error:
         raise ReadError(f"{path}: asks for more memory than there is; damaged?") from error
     # A damaged file makes the libraries below raise almost anything, and one record must not end a run over thousands.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,11 @@ _ALIASES = {name.upper(): name for name in LEADS}
 _ALIASES |= {f"D{name}": name for name in ("I", "II", "III")}
 _ALIASES |= {f"D{number}": name for number, name in enumerate(("I", "II", "III"), start=1)}
 _ALIASES |= {f"C{number}": f"V{number}" for number in range(1, 7)}
-_PREFIX = re.compile(r"^(?:(?:MDC_)?(?:ECG|EKG))?[ _]*(?:LEAD)?[ _]*", re.IGNORECASE)
+_AROUND = re.compile(r"^(?:(?:MDC_)?(?:ECG|EKG))?[ _]*(?:LEAD)?[ _]*|[ ,]*\(.*\)$", re.IGNORECASE)
+
+# mV in one unit; "mV" is what a file without a unit means.
+_MV_PER_UNIT = {"": 1.0, "mv": 1.0, "millivolt": 1.0, "v": 1e3, "volt": 1e3, "nv": 1e-6, "nanovolt": 1e-6}
+_MV_PER_UNIT |= dict.fromkeys(("uv", "µv", "μv", "microvolt"), 1e-3)
 
 # No electrode sees this much (mV); a signal beyond it has a wrong gain or damaged samples.
 LARGEST_MV = 1e9
@@ -34,10 +38,74 @@ LARGEST_MV = 1e9
 def lead_name(name: str) -> str | None:
     """The standard name of a lead, or None for one outside the twelve (Frank leads, respiration, ...).
 
-    >>> lead_name("avr"), lead_name("ECG Lead II"), lead_name("c3"), lead_name("vx")
-    ('aVR', 'II', 'V3', None)
+    >>> lead_name("avr"), lead_name("ECG Lead II"), lead_name("Lead I (Einthoven)"), lead_name("c3"), lead_name("vx")
+    ('aVR', 'II', 'I', 'V3', None)
     """
-    return _ALIASES.get(_PREFIX.sub("", name.strip(), count=1).upper())
+    return _ALIASES.get(_AROUND.sub("", name.strip()).upper())
+
+
+def mv_per_unit(unit: object) -> float | None:
+    """How many mV one unit is, or None for what is no voltage; no unit means mV.
+
+    >>> mv_per_unit("uV"), mv_per_unit("MILLIVOLTS"), mv_per_unit(None), mv_per_unit("Ohm")
+    (0.001, 1.0, 1.0, None)
+    """
+    name = str(unit or "").strip().lower()
+    return _MV_PER_UNIT.get(name, _MV_PER_UNIT.get(name.removesuffix("s")))
+
+
+def sex_of(text: object) -> str | None:
+    """ "female" or "male", by the first letter that a file's header has; None for anything else.
+
+    >>> sex_of("F"), sex_of("MALE"), sex_of("Unknown")
+    ('female', 'male', None)
+    """
+    return {"f": "female", "m": "male"}.get(str(text).strip()[:1].lower())
+
+
+def age_of(text: object) -> float | None:
+    """An age in years, or None for what cannot be one.
+
+    >>> age_of("67"), age_of("NaN"), age_of(-1)
+    (67.0, None, None)
+    """
+    try:
+        age = float(str(text))
+    except ValueError:
+        return None
+    return age if 0 <= age < 200 else None
+
+
+def voltages(
+    signal: Sequence[np.ndarray] | np.ndarray, names: Sequence[object], units: Sequence[object]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The channels of a file that are leads or other voltages, in mV; the rest (respiration, ...) is left out.
+
+    Args:
+        signal: One array ``[n]`` a channel, in its own unit.
+        names: The channels' names.
+        units: The channels' units.
+
+    Returns:
+        ``[L, n] float32``, and the L names.
+
+    Raises:
+        ValueError: A lead is in no unit of voltage or of another length, or no channel is a voltage.
+    """
+    rows, kept = [], []
+    for channel, name, unit in zip(signal, map(str, names), units, strict=True):
+        factor = mv_per_unit(unit)
+        if factor is None and lead_name(name):
+            raise ValueError(f"voltages: unit of lead {name} must be a voltage, got {unit}")
+        if factor is not None:
+            rows.append((np.asarray(channel) * np.float64(factor)).astype(np.float32))
+            kept.append(name)
+    if not rows:
+        raise ValueError(f"voltages: record must hold an ECG lead, got {list(map(str, names))}")
+    if len({row.shape for row in rows}) > 1:
+        lengths = ", ".join(f"{name} {len(row)}" for name, row in zip(kept, rows, strict=True))
+        raise ValueError(f"voltages: leads must be of one length, got {lengths}")
+    return np.stack(rows), tuple(kept)
 
 
 def lead_list(names: str | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""WFDB records (.hea with .dat or .mat), read by the wfdb library, in physical units."""
+"""WFDB records (.hea with .dat or .mat) of one or several segments, read by the wfdb library, in physical units."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hubert_ecg.data.record import Record, lead_name
-
-# mV in one unit; "mV" is what a header without a unit means.
-_MV_PER_UNIT = {"": 1.0, "mv": 1.0, "millivolt": 1.0, "v": 1e3, "volt": 1e3, "nv": 1e-6}
-_MV_PER_UNIT |= dict.fromkeys(("uv", "µv", "μv", "microvolt", "microvolts"), 1e-3)
+from hubert_ecg.data.npy import check_claim
+from hubert_ecg.data.record import Record, age_of, sex_of, voltages
 
 # "1000.0(-16)/mV": gain, then baseline and unit where they are given.
 _GAIN = re.compile(r"(?P<gain>[-+.\deE]+)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>\S+))?")
@@ -28,15 +25,11 @@ class Header:
 
     @property
     def age(self) -> float | None:
-        try:
-            age = float(self.comments.get("age", ""))
-        except ValueError:
-            return None
-        return age if 0 <= age < 200 else None
+        return age_of(self.comments.get("age"))
 
     @property
     def sex(self) -> str | None:
-        return {"m": "male", "f": "female"}.get(self.comments.get("sex", "")[:1].lower())
+        return sex_of(self.comments.get("sex"))
 
     @property
     def diagnoses(self) -> tuple[str, ...]:
@@ -70,31 +63,79 @@ def read_header(path: Path) -> Header:
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
     """Read a WFDB record by its header; its own rate, lead names, gains, baselines and units hold.
 
-    Channels that are neither a standard lead nor a voltage are left out.
+    The segments of a multi-segment record (fixed or variable layout) are put together by the names of their signals;
+    what no segment holds is missing. Channels that are neither a standard lead nor a voltage are left out.
 
     Raises:
-        ValueError: The leads are sampled at different rates, or no lead is there.
+        ValueError: The leads are sampled at different rates, samples do not have the checksum that the header states,
+            the header names files in other folders, or no lead is there.
         wfdb.io.header.HeaderSyntaxError: The header is damaged.
     """
+    header = read_header(path)
+    if header.lines and "/" in header.lines[0][0]:
+        signal, names, rate_hz = _read_segments(path, header)
+    else:
+        signal, names, rate_hz = _read_one(path, header)
+    return Record(signal, rate_hz, names, record_id=path.stem, source=path.name, age=header.age, sex=header.sex)
+
+
+def _read_segments(path: Path, header: Header) -> tuple[np.ndarray, tuple[str, ...], float]:
+    """Source: WFDB's header(5), "Multi-segment records": a line per segment with its name and number of samples."""
+    _, num_segments = header.lines[0][0].split("/")
+    segments = [(name, int(num_samples)) for name, num_samples, *_ in header.lines[1:]]
+    if len(segments) != int(num_segments):
+        raise ValueError(f"wfdb_files.read: header must list {num_segments} segments, got {len(segments)}")
+    total = sum(num_samples for _, num_samples in segments)
+    if len(header.lines[0]) > 3 and int(header.lines[0][3]) != total:
+        raise ValueError(f"wfdb_files.read: segments must have {header.lines[0][3]} samples, got {total}")
+
+    start, held, parts = 0, 0, []
+    for name, num_samples in segments:
+        # "~" is a gap, and a segment without samples describes the layout alone.
+        if name != "~" and num_samples:
+            segment = path.with_name(_in_folder(name) + path.suffix)
+            signal, names, rate_hz = _read_one(segment, read_header(segment))
+            if signal.shape[1] != num_samples:
+                raise ValueError(f"wfdb_files.read: {name} must have {num_samples} samples, got {signal.shape[1]}")
+            if len(set(names)) < len(names):
+                raise ValueError(f"wfdb_files.read: {name} must name each signal once, got {names}")
+            parts.append((start, signal, names, rate_hz))
+            held += signal.nbytes
+        start += num_samples
+    if len(rates := {rate_hz for *_, rate_hz in parts}) != 1:
+        raise ValueError(f"wfdb_files.read: segments must be sampled at one rate, got {sorted(rates)}")
+    rows = {name: row for row, name in enumerate(dict.fromkeys(name for _, _, names, _ in parts for name in names))}
+    check_claim(4 * len(rows) * total, held)
+    whole = np.full((len(rows), total), np.nan, dtype=np.float32)
+    for start, signal, names, _ in parts:
+        whole[[rows[name] for name in names], start : start + signal.shape[1]] = signal
+    return whole, tuple(rows), rates.pop()
+
+
+def _read_one(path: Path, header: Header) -> tuple[np.ndarray, tuple[str, ...], float]:
     import wfdb
     from wfdb.io.header import HeaderSyntaxError
 
-    header = read_header(path)
     if not header.lines:
         raise ValueError("wfdb_files.read: header must be in WFDB form, got no line of it: empty, or closed to you?")
+    for line in header.lines[1:]:
+        _in_folder(line[0])
     # The second word of a signal line is its format; "16x4" is four samples a frame.
     formats = {fields[1] for fields in header.lines[1:] if len(fields) > 1}
     if several := sorted(name for name in formats if re.match(r"\d+x(?!1\b)", name)):
         raise ValueError(f"wfdb_files.read: leads must be sampled at one rate, got several samples a frame {several}")
     try:
-        record = wfdb.rdrecord(str(path.with_suffix("")), return_res=32)
+        record = wfdb.rdrecord(str(path.with_suffix("")), physical=False, return_res=32)
     except HeaderSyntaxError:
         return _read_challenge_mat(path, header)
-    signal, names, units = record.p_signal.T, record.sig_name, record.units
-    return _record(path, header, signal, float(record.fs), names, units)
+    if len(header.lines) - 1 != record.n_sig:
+        raise ValueError(f"wfdb_files.read: header must describe {record.n_sig} signals, got {len(header.lines) - 1}")
+    _check_sums(record.d_signal.T, record.sig_name, record.checksum)
+    signal, names = voltages(record.dac(return_res=32).T, record.sig_name, record.units)
+    return signal, names, float(record.fs)
 
 
-def _read_challenge_mat(path: Path, header: Header) -> Record:
+def _read_challenge_mat(path: Path, header: Header) -> tuple[np.ndarray, tuple[str, ...], float]:
     """A header of the unofficial Challenge phase, whose record name wfdb refuses: ``E07520.mat 12 500 5000 ...``."""
     import scipy.io
 
@@ -103,7 +144,7 @@ def _read_challenge_mat(path: Path, header: Header) -> Record:
     if len(record_line) < 4 or len(files) != 1 or not (name := files.pop()).endswith(".mat"):
         raise ValueError("wfdb_files.read: header must be in WFDB form, got a record line that nobody can parse")
     num_leads, num_samples = int(record_line[1]), int(record_line[3])
-    val = scipy.io.loadmat(path.with_name(Path(name).name))["val"]
+    val = scipy.io.loadmat(path.with_name(name))["val"]
     if val.shape != (num_leads, num_samples) or len(signal_lines) != num_leads:
         raise ValueError(
             f"wfdb_files.read: header and signal must agree, got {[num_leads, num_samples]} in the header with "
@@ -112,33 +153,30 @@ def _read_challenge_mat(path: Path, header: Header) -> Record:
     fields = [match for line in signal_lines if (match := _GAIN.fullmatch(line[2]))]
     if len(fields) < num_leads:
         raise ValueError(f"wfdb_files.read: gains must be numbers, got {[line[2] for line in signal_lines]}")
+    names = [line[8] for line in signal_lines]
+    _check_sums(val, names, [int(line[6]) for line in signal_lines])
     gain = np.array([float(f["gain"]) for f in fields])[:, None]
     baseline = np.array([float(f["baseline"] or line[4]) for f, line in zip(fields, signal_lines, strict=True)])
-    signal = (val - baseline[:, None]) / gain
-    units = [f["unit"] or "" for f in fields]
-    return _record(path, header, signal, float(record_line[2]), [line[8] for line in signal_lines], units)
+    signal, kept = voltages((val - baseline[:, None]) / gain, names, [f["unit"] for f in fields])
+    return signal, kept, float(record_line[2])
 
 
-def _record(
-    path: Path, header: Header, signal: np.ndarray, rate_hz: float, names: list[str], units: list[str]
-) -> Record:
-    kept, factors = [], []
-    for position, (name, unit) in enumerate(zip(names, units, strict=True)):
-        factor = _MV_PER_UNIT.get(str(unit or "").strip().lower())
-        if factor is None and lead_name(name):
-            raise ValueError(f"wfdb_files.read: unit of lead {name} must be a voltage, got {unit}")
-        if factor is not None:
-            kept.append(position)
-            factors.append(factor)
-    if not kept:
-        raise ValueError(f"wfdb_files.read: record must hold an ECG lead, got {names}")
-    signal = signal[kept] * np.array(factors, dtype=signal.dtype)[:, None]
-    return Record(
-        signal,
-        rate_hz,
-        tuple(str(names[position]) for position in kept),
-        record_id=path.stem,
-        source=path.name,
-        age=header.age,
-        sex=header.sex,
-    )
+def _check_sums(samples: np.ndarray, names: Sequence[str], stated: Sequence[int | None]) -> None:
+    """Source: WFDB's header(5): a 16-bit sum of all samples of a signal. Writers that know none leave it out or say 0.
+
+    Args:
+        samples: ``[L, n]`` integers, as stored.
+        names: The L names.
+        stated: The L checksums, signed or not.
+    """
+    sums = samples.sum(axis=1, dtype=np.int64) % 2**16
+    wrong = [name for name, sum_, wanted in zip(names, sums, stated, strict=True) if wanted and wanted % 2**16 != sum_]
+    if wrong:
+        raise ValueError(f"wfdb_files.read: samples must have the header's checksums, got others in {wrong}")
+
+
+def _in_folder(name: str) -> str:
+    """The name of a file beside the header; WFDB knows no folders, and another folder is another owner's."""
+    if re.search(r"[/\\]", name) or name in ("-", ".", ".."):
+        raise ValueError(f"wfdb_files.read: header must name files beside it, got {name!r}")
+    return name

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -76,3 +79,12 @@ def labelled(tmp_path_factory):
     store.write_labels("mfcc", labels[:2], num_clusters=100, crop_s=5.0, facts={"feature_type": "mfcc"})
     store.write_labels("second", labels[2:], num_clusters=100, crop_s=5.0)
     return store
+
+
+@pytest.fixture(scope="session")
+def save():
+    """``save(format, stem, signal, rate, leads, unit)`` writes a file of any format that is read; see writers.py."""
+    spec = importlib.util.spec_from_file_location("writers", Path(__file__).with_name("writers.py"))
+    writers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writers)
+    return writers.save

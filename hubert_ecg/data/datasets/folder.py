@@ -13,7 +13,8 @@ from hubert_ecg.data.readers import READERS
 class Folder(Dataset):
     """Every readable file below a folder is one recording and one patient; there are no labels.
 
-    A .mat file with a header beside it is part of a WFDB record; a text file counts when its first line names leads.
+    A .mat file with a header beside it is part of a WFDB record; a .txt or .csv file counts when its first line
+    names leads.
     """
 
     name = "folder"
@@ -33,7 +34,7 @@ class Folder(Dataset):
 
 
 def _is_recording(path: Path) -> bool:
-    if path.suffix.lower() == ".txt":
+    if path.suffix.lower() in (".txt", ".csv"):
         try:
             return bool(text.header(path))
         except OSError:
