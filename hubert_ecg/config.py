@@ -102,11 +102,14 @@ class PrepareConfig(DataConfig):
         output_dir: Folder of the store.
         dataset: Name of the data set, which knows labels and folds. "auto" looks at the folder.
         signal_dtype: How samples are kept on disk.
+        splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
+            test). Default: the data set's own folds, or folds by patient.
     """
 
     output_dir: Path = dataclasses.field(kw_only=True)
     dataset: str = "auto"
     signal_dtype: Literal["int16", "float16"] = "int16"
+    splits_from: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +220,8 @@ class PretrainConfig(TrainConfig, DataConfig):
         dataset: Name of the data set in data_path, or "auto".
         crop_s: Seconds of each record that the model sees at a time.
         validation_share: Share of the records held out for masked validation, where the data has no folds.
+        splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
+            test). Default: the store's own.
     """
 
     preset: Literal["published"] | None = None
@@ -238,6 +243,7 @@ class PretrainConfig(TrainConfig, DataConfig):
     dataset: str = "auto"
     crop_s: float = 5.0
     validation_share: float = 0.05
+    splits_from: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +258,8 @@ class LabelledConfig(_Checked):
         lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
             Default: the twelve leads in standard order.
         unlabelled: Records that have no label of the task: kept as negatives, or dropped.
+        splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
+            test). Default: the store's own.
         cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
         num_workers: Processes that pack records, and threads that read ahead of the model.
         seed: Seed of everything random.
@@ -263,6 +271,7 @@ class LabelledConfig(_Checked):
     sampling_rate: float = 500.0
     lead_names: str | None = None
     unlabelled: Literal["keep", "drop"] = "keep"
+    splits_from: Path | None = None
     cache_dir: Path | None = None
     num_workers: int = 2
     seed: int = 0

@@ -7,14 +7,17 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data.readers import READERS, read_record
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a fingerprint looks at beside recordings: label tables and signal files that headers point to.
 _TABLES = {".csv", ".dat"}
@@ -99,10 +102,11 @@ class Dataset(abc.ABC):
         return read_record(entry.path, self.sampling_rate_hz, self.lead_names)
 
     def label_names(self, task: str) -> tuple[str, ...]:
-        """The labels that occur in the data at hand, sorted."""
+        """The labels that occur in the data at hand, sorted, without those that :func:`lone_labels` leaves out."""
         if task not in self.tasks:
             raise UserError(f"{self.name} has no task {task!r}; its tasks: {', '.join(self.tasks) or 'none'}")
-        return tuple(sorted({label for entry in self.entries() for label in entry.labels.get(task, ())}))
+        entries = self.entries()
+        return tuple(sorted(carriers(entries, task).keys() - lone_labels(entries, task)))
 
     def fingerprint(self) -> str:
         """Changes when a file of the data set does: a hash of names, sizes and modification times."""
@@ -118,6 +122,30 @@ class Dataset(abc.ABC):
         """Records with what their entries say, read one at a time."""
         for entry in self.entries():
             yield describe(self.read(entry), entry)
+
+
+def patient_name(entry: Entry) -> str:
+    """Name of an entry's patient; an entry whose patient is not known is a patient of its own."""
+    return f"record {entry.record_id}" if entry.patient_id is None else f"patient {entry.patient_id}"
+
+
+def carriers(entries: Sequence[Entry], task: str) -> dict[str, set[str]]:
+    """Each label of a task and the patients who have it."""
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for entry in entries:
+        for label in entry.labels.get(task, ()):
+            found[label].add(patient_name(entry))
+    return found
+
+
+def lone_labels(entries: Sequence[Entry], task: str) -> set[str]:
+    """Labels of one patient alone: no split could both train and test them, so they are left out.
+
+    Where every entry has an official fold, its labels are official too, and none is left out.
+    """
+    if all(entry.fold is not None for entry in entries):
+        return set()
+    return {label for label, patients in carriers(entries, task).items() if len(patients) == 1}
 
 
 def describe(record: Record, entry: Entry) -> Record:
@@ -156,6 +184,24 @@ def locate(folder: Path, name: str) -> Path | None:
     if (folder / name).is_file():
         return folder / name
     return next(iter(sorted(folder.glob(f"*/{name}"))), None) if folder.is_dir() else None
+
+
+def read_table(dataset: str, path: Path, columns: Collection[str]) -> pd.DataFrame:
+    """A CSV file as text, blanks as ""; it must have these columns.
+
+    Raises:
+        UserError: It cannot be read, or lacks a column.
+    """
+    import pandas as pd
+
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{dataset}: {path} cannot be read: {error}") from error
+    missing = sorted(set(columns) - set(rows.columns))
+    if missing:
+        raise UserError(f"{dataset}: {path} has no column {', '.join(missing)}")
+    return rows
 
 
 def sex_name(value: object) -> str | None:

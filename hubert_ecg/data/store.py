@@ -4,6 +4,7 @@ A store is a folder that may be moved::
 
     store.json          settings, tasks, label names, shard sizes and hashes, skipped files; written last
     index.parquet       one row per record
+    splits.csv          fold and split of each record
     shards/00000.bin    samples, int16 or float16; record after record, each [12, num_samples] in row order
 
 A sample, in the units of the preprocessing, is its stored number times the scale of its record and lead.
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from hubert_ecg.config import UserError
+from hubert_ecg.data.folds import NO_FOLD, TEST_FOLD, VALIDATION_FOLD
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
 
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST, BUILDING, INDEX, SHARDS = "store.json", "building.json", "index.parquet", "shards"
 SPLITS = ("train", "validation", "test", "all")
-_VALIDATION_FOLD, _TEST_FOLD = 9, 10
 
 
 def shard_name(position: int) -> str:
@@ -59,6 +60,7 @@ class Store:
 
     Args:
         path: The store's folder.
+        folds: Other folds than those it was packed with, ``[N]``; 0 is a record of no split.
 
     Attributes:
         sampling_rate_hz: Rate of model input from this store.
@@ -75,8 +77,9 @@ class Store:
         UserError: The folder is no store, or one that is unfinished, damaged, or of another version.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, folds: np.ndarray | None = None):
         self.path = Path(path)
+        self._given_folds = folds
         manifest = _read_manifest(self.path)
         self.manifest = manifest
         settings = manifest["settings"]
@@ -93,7 +96,7 @@ class Store:
         self._check()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.path,)
+        return Store, (self.path, self._given_folds)
 
     def __len__(self) -> int:
         return int(self.manifest["num_records"])
@@ -144,6 +147,11 @@ class Store:
                 frame[name] = self._table[name].to_pylist()
         return frame[columns]
 
+    @property
+    def splits(self) -> str:
+        """Where the folds come from: "official", "by patient, ..." or "given"."""
+        return self.manifest["folds"] if self._given_folds is None else "given"
+
     @functools.cached_property
     def num_samples(self) -> np.ndarray:
         """Length of each record at ``stored_rate_hz``, ``[N] int64``."""
@@ -151,8 +159,8 @@ class Store:
 
     @functools.cached_property
     def folds(self) -> np.ndarray:
-        """Fold 1 to 10 of each record, ``[N] int64``."""
-        return self._column("fold")
+        """Fold 1 to 10 of each record, ``[N] int64``; 0 for one that given splits leave out."""
+        return self._column("fold") if self._given_folds is None else np.asarray(self._given_folds, dtype=np.int64)
 
     def gather(self, indices: np.ndarray, starts: np.ndarray | None, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
         """Cut the same length out of many records, straight from the memory maps.
@@ -201,8 +209,8 @@ class Store:
         if name == "all":
             return np.arange(len(self), dtype=np.int64)
         if name == "train":
-            return np.flatnonzero(self.folds < _VALIDATION_FOLD)
-        return np.flatnonzero(self.folds == (_VALIDATION_FOLD if name == "validation" else _TEST_FOLD))
+            return np.flatnonzero((self.folds != NO_FOLD) & (self.folds < VALIDATION_FOLD))
+        return np.flatnonzero(self.folds == (VALIDATION_FOLD if name == "validation" else TEST_FOLD))
 
     def problem_of(self, task: str) -> str:
         """ "multilabel" or "regression"."""

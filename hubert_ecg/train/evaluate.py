@@ -68,6 +68,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 "source": found.store.dataset,
                 "records": len(found.records),
                 "records without a label of the task": unlabelled,
+                "splits": str(config.splits_from) if config.splits_from else found.store.splits,
             },
             "Settings": to_json(config),
             "Versions": versions(),
