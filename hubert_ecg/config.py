@@ -296,6 +296,8 @@ class FinetuneConfig(TrainConfig, LabelledConfig):
         encoder_dropout: Dropout inside the encoder.
         layerdrop: Chance of skipping a layer in a step.
         label_share: Use this share of the training records, drawn by seed.
+        augment: Change training crops at random: some of warp, scale, wander, noise and drop, split by commas, or all.
+            Default: random crops alone.
         crop_s: Seconds of each record that the model sees at a time.
         num_crops: Crops of a record whose scores are averaged in validation and test.
     """
@@ -313,6 +315,7 @@ class FinetuneConfig(TrainConfig, LabelledConfig):
     encoder_dropout: float = 0.0
     layerdrop: float = 0.0
     label_share: float = 1.0
+    augment: str | None = None
     crop_s: float = 5.0
     num_crops: int = 3
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import hubert_ecg.signal
 from hubert_ecg.config import Compat, PrepareConfig, UserError, cache_root
-from hubert_ecg.data.dataset import Dataset, Entry, lone_labels
+from hubert_ecg.data.dataset import Dataset, Entry, learnable
 from hubert_ecg.data.datasets import open_dataset
 from hubert_ecg.data.folds import FOLD_SEED, NO_FOLD, assign_folds, given_folds, read_splits, split_name
 from hubert_ecg.data.packing import BASE_RATE_HZ, Packed, Result, Settings, Skipped, packed_chunks
@@ -109,7 +109,7 @@ def open_store(
         lead_names: Rows of files that do not name their leads, split by commas; None for the twelve in standard order.
         downsampling_factor: Model input has 500 Hz divided by this.
         compat: "corrected" or "published" preprocessing.
-        splits_from: A table of splits that holds instead of the store's own, see :func:`hubert_ecg.data.folds.read_splits`.
+        splits_from: A table of splits instead of the store's own, see :func:`hubert_ecg.data.folds.read_splits`.
         cache_dir: Where stores are kept, see :func:`hubert_ecg.config.cache_root`.
         num_workers: Processes that read and prepare; 0 does it in this one.
         progress: Show a progress bar on stderr.
@@ -275,30 +275,19 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 def _with_splits(
     dataset: Dataset, splits: dict[str, int] | None, splits_from: str | Path | None
 ) -> tuple[list[Entry], dict[str, Any]]:
-    """The entries with folds and without the labels that no split can use, and what the manifest says of it."""
-    entries = dataset.entries()
-    tasks = [task for task in dataset.tasks if dataset.problem_of(task) != "regression"]
+    """The entries as they are packed, with folds and learnable labels, and what the manifest says of both."""
+    entries, dropped = learnable(dataset.entries(), dataset.synonyms, keep_lone=splits is not None)
     if splits is not None:
-        sources = [entry.source for entry in entries]
-        folds = given_folds(splits, [entry.record_id for entry in entries], sources, str(splits_from))
-        said, lone = "given", {}
+        said = "given"
+        names = [entry.record_id for entry in entries], [entry.source for entry in entries]
+        folds = given_folds(splits, *names, str(splits_from))
     else:
         official = all(entry.fold is not None for entry in entries)
         said = "official" if official else f"by patient, labels spread evenly, seed {FOLD_SEED}"
-        lone = {task: lone_labels(entries, task) for task in tasks}
-        folds = assign_folds(entries, tasks[0] if tasks else None)
-    entries = [
-        dataclasses.replace(
-            entry,
-            fold=fold,
-            labels={
-                task: tuple(label for label in labels if label not in lone.get(task, ()))
-                for task, labels in entry.labels.items()
-            },
-        )
-        for entry, fold in zip(entries, folds, strict=True)
-    ]
-    return entries, {"folds": said, "dropped_labels": {task: sorted(labels) for task, labels in lone.items() if labels}}
+        task = next((task for task in dataset.tasks if dataset.problem_of(task) != "regression"), None)
+        folds = assign_folds(entries, task)
+    entries = [dataclasses.replace(entry, fold=fold) for entry, fold in zip(entries, folds, strict=True)]
+    return entries, {"folds": said, "dropped_labels": dropped}
 
 
 def _pack(

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -67,6 +67,8 @@ class Dataset(abc.ABC):
     name: ClassVar[str]
     tasks: tuple[str, ...] = ()
     problem: str = "multilabel"
+    # Labels that a task counts as another one; entries have them as published.
+    synonyms: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0, lead_names: tuple[str, ...] = LEADS
@@ -102,11 +104,10 @@ class Dataset(abc.ABC):
         return read_record(entry.path, self.sampling_rate_hz, self.lead_names)
 
     def label_names(self, task: str) -> tuple[str, ...]:
-        """The labels that occur in the data at hand, sorted, without those that :func:`lone_labels` leaves out."""
+        """The labels of a task that follow from the data at hand, sorted, see :func:`learnable`."""
         if task not in self.tasks:
             raise UserError(f"{self.name} has no task {task!r}; its tasks: {', '.join(self.tasks) or 'none'}")
-        entries = self.entries()
-        return tuple(sorted(carriers(entries, task).keys() - lone_labels(entries, task)))
+        return tuple(sorted(carriers(learnable(self.entries(), self.synonyms)[0], task)))
 
     def fingerprint(self) -> str:
         """Changes when a file of the data set does: a hash of names, sizes and modification times."""
@@ -138,14 +139,31 @@ def carriers(entries: Sequence[Entry], task: str) -> dict[str, set[str]]:
     return found
 
 
-def lone_labels(entries: Sequence[Entry], task: str) -> set[str]:
-    """Labels of one patient alone: no split could both train and test them, so they are left out.
+def learnable(
+    entries: Sequence[Entry], synonyms: Mapping[str, str], keep_lone: bool = False
+) -> tuple[list[Entry], dict[str, list[str]]]:
+    """The entries with the labels that a model is to learn: synonyms are one label, and labels of one patient alone are
+    left out, because no split could both train and test them.
 
     Where every entry has an official fold, its labels are official too, and none is left out.
+
+    Returns:
+        The entries, and the labels left out of each task, sorted.
     """
-    if all(entry.fold is not None for entry in entries):
-        return set()
-    return {label for label, patients in carriers(entries, task).items() if len(patients) == 1}
+    merged = [_relabelled(entry, lambda task, label: synonyms.get(label, label)) for entry in entries]
+    if keep_lone or all(entry.fold is not None for entry in entries):
+        return merged, {}
+    tasks = {task: None for entry in merged for task in entry.labels}
+    lone = {task: sorted(x for x, having in carriers(merged, task).items() if len(having) == 1) for task in tasks}
+    lone = {task: labels for task, labels in lone.items() if labels}
+    return [
+        _relabelled(entry, lambda task, label: None if label in lone.get(task, ()) else label) for entry in merged
+    ], lone
+
+
+def _relabelled(entry: Entry, rename: Callable[[str, str], str | None]) -> Entry:
+    labels = {task: {name for label in its if (name := rename(task, label))} for task, its in entry.labels.items()}
+    return dataclasses.replace(entry, labels={task: tuple(sorted(names)) for task, names in labels.items()})
 
 
 def describe(record: Record, entry: Entry) -> Record:

@@ -22,8 +22,6 @@ from hubert_ecg.data.wfdb_files import read_header
 
 # Headers that "auto" looks into before it decides.
 _LOOK_AT = 5
-# What the Challenge of 2021 scored as one diagnosis.
-_SAME = {"CRBBB": "RBBB", "CLBBB": "LBBB", "SVPB": "PAC", "VPB": "PVC"}
 
 
 class Snomed(NamedTuple):
@@ -52,13 +50,14 @@ class Challenge(Dataset):
     """Records of any Challenge source.
 
     Labels are abbreviations (AF, NSR, ...); a code outside the Challenge's tables stays a number. Diagnoses that the
-    Challenge of 2021 scores as one are one: CRBBB is RBBB, CLBBB is LBBB, SVPB is PAC and VPB is PVC. With that, and
-    without labels of a single record, complete downloads have 52 labels (Chapman), 76 (Ningbo), 9 (CPSC) and 62
-    (Georgia). ``rhythm`` keeps the rhythms. Patients are not published: each record counts as a patient.
+    Challenge of 2021 scored as one are learnt as one: CRBBB is RBBB, CLBBB is LBBB, SVPB is PAC and VPB is PVC. With
+    that, and without labels of a single record, complete downloads have 52 labels (Chapman), 76 (Ningbo), 9 (CPSC) and
+    62 (Georgia). ``rhythm`` keeps the rhythms. Patients are not published: each record counts as a patient.
     """
 
     name = "challenge"
     tasks = ("all", "rhythm")
+    synonyms: ClassVar = {"CRBBB": "RBBB", "CLBBB": "LBBB", "SVPB": "PAC", "VPB": "PVC"}
     record_name: ClassVar[str] = r".+"
     records_are: ClassVar[str] = "WFDB headers with # Dx: codes"
 
@@ -98,7 +97,7 @@ class Challenge(Dataset):
 def _labels(codes: Iterable[str], rhythms_alone: bool) -> tuple[str, ...]:
     known = ((snomed().get(code), code) for code in codes)
     names = (dx.abbreviation if dx else code for dx, code in known if not rhythms_alone or (dx and dx.rhythm))
-    return tuple(sorted({_SAME.get(name, name) for name in names}))
+    return tuple(sorted(set(names)))
 
 
 class Chapman(Challenge):

@@ -27,7 +27,7 @@ class Challenge2025(Dataset):
     """Records of any source of the Challenge 2025 in WFDB form: ``# Chagas label: True`` is the label of ``all``."""
 
     name = "challenge2025"
-    tasks = ("all",)
+    tasks: tuple[str, ...] = ("all",)
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:

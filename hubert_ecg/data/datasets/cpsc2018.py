@@ -52,6 +52,6 @@ def _label(table: Path, name: str, cell: str) -> str:
     if not cell.strip():
         return ""
     position = number(cell)
-    if position not in range(1, len(_CLASSES) + 1):
+    if position is None or position not in range(1, len(_CLASSES) + 1):
         raise UserError(f"cpsc2018: labels in {table} must be 1 to {len(_CLASSES)}, got {cell!r} for {name}")
     return _CLASSES[int(position) - 1]

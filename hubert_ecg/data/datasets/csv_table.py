@@ -32,9 +32,10 @@ class CsvTable(Dataset):
     ``<name>_train.csv``, ``<name>_val.csv`` and ``<name>_test.csv``.
 
     A table has a column ``filename`` (a path relative to the folder, or a name found once below it; the suffix may be
-    left out or another), and may have ``record_id``, ``patient_id``, ``fold`` (1 to 10) or ``split`` (train, validation,
-    test), ``age`` and ``sex``. Every other column of 0 and 1 is a label of the task ``all``; a blank there counts as 0.
-    Every other column of numbers is a regression task of its own, named like the column. Columns of text are left out.
+    left out or another), and may have ``record_id``, ``patient_id``, ``fold`` (1 to 10) or ``split`` (train,
+    validation, test), ``age`` and ``sex``. Every other column of 0 and 1 is a label of the task ``all``; a blank there
+    counts as 0. Every other column of numbers is a regression task of its own, named like the column. Columns of text
+    are left out.
     """
 
     name = "csv"
@@ -82,9 +83,9 @@ class CsvTable(Dataset):
         entries = []
         for row in self._rows().to_dict("records"):
             source = Path(str(row[self._roles["file"]]).strip()).as_posix()
-            path = files.get(source) or stems.get(source) or stems.get(Path(source).with_suffix("").as_posix())
+            found = files.get(source) or stems.get(source) or stems.get(Path(source).with_suffix("").as_posix())
             alike = names.get(_plain(source), [])
-            entries.append(self._entry(row, source, path or (alike[0] if len(alike) == 1 else root / source)))
+            entries.append(self._entry(row, source, found or (alike[0] if len(alike) == 1 else root / source)))
         _check_unique(self._table, [entry.record_id for entry in entries])
         return entries
 
