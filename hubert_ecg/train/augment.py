@@ -10,8 +10,8 @@ Each one is a function of (seed, step, record) alone: the same for any batch the
 - ``drop``: each lead is lost with a chance of up to 0.5, drawn for each record (Oh et al., CHIL 2022: 0.5); one stays.
 
 Amplitudes are in units of model input, where a typical R peak is 0.5. Wander and noise arise at nine electrodes: they
-obey Einthoven's and Goldberger's equations, as leads do. What a crop does not have stays zero: samples after its end and
-absent leads. Random crops are the loader's.
+obey Einthoven's and Goldberger's equations, as leads do. What a crop does not have stays zero: samples after its end
+and absent leads. Random crops are the loader's.
 """
 
 from __future__ import annotations
@@ -51,12 +51,7 @@ class Augment:
     """
 
     def __init__(self, names: str, seed: int, rate_hz: float) -> None:
-        wanted = [name.strip() for name in names.split(",")]
-        unknown = [name for name in wanted if name not in (*AUGMENTATIONS, "all")]
-        if unknown:
-            raise UserError(f"--augment must be of {', '.join(AUGMENTATIONS)}, split by commas, or all, got {names!r}")
-        self.names = tuple(name for name in AUGMENTATIONS if name in wanted or "all" in wanted)
-        self.seed, self.rate_hz = seed, rate_hz
+        self.names, self.seed, self.rate_hz = augmentations(names), seed, rate_hz
 
     def __call__(self, batch: data.Batch, step: int) -> data.Batch:
         """The batch, changed; ``ecg`` and ``present`` are new tensors, the others are those of the batch.
@@ -77,6 +72,18 @@ class Augment:
         return dataclasses.replace(batch, ecg=torch.where(there, ecg, 0), present=present)
 
 
+def augmentations(names: str | None) -> tuple[str, ...]:
+    """The names in the order in which they are applied.
+
+    >>> augmentations("drop, scale"), augmentations(None)
+    (('scale', 'drop'), ())
+    """
+    wanted = [name.strip() for name in names.split(",")] if names is not None else []
+    if any(name not in (*AUGMENTATIONS, "all") for name in wanted):
+        raise UserError(f"--augment must be of {', '.join(AUGMENTATIONS)}, split by commas, or all, got {names!r}")
+    return tuple(name for name in AUGMENTATIONS if name in wanted or "all" in wanted)
+
+
 class _Draw:
     """Uniform and normal numbers of each record of a batch, functions of a key and the record."""
 
@@ -93,7 +100,7 @@ class _Draw:
         index = self.record.to(device)[:, None] * _DRAWS + place
         drawn = bits(torch.tensor(self.seed, device=device), index)
         # 24 bits are what float32 holds exactly.
-        return ((drawn >> 8) + 1).float().mul_(2.0**-24).view(-1, *shape)
+        return ((drawn >> 8) + 1).float().mul_(2.0**-24).view(len(index), *shape)
 
     def between(self, low: float, high: float, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         return low + (high - low) * self.uniform(*shape, device=device)

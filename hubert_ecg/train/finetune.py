@@ -17,7 +17,7 @@ from hubert_ecg.config import FinetuneConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, save_file
 from hubert_ecg.models.pretrained import locate, read_weights
 from hubert_ecg.train import machine
-from hubert_ecg.train.augment import Augment
+from hubert_ecg.train.augment import Augment, augmentations
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop, Objective
 from hubert_ecg.train.predict import even_loader, scan
@@ -52,6 +52,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         RunError: If the loss is not finite.
     """
     check_wandb(config.wandb)
+    augmentations(config.augment)
     data.check_task(config.dataset, config.data_path, config.task)
     device = machine.device(config.device)
     dtype = machine.dtype(config.precision, device)

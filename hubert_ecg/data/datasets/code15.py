@@ -143,7 +143,8 @@ class Code15(_Exams):
 
     @classmethod
     def takes(cls, header: Header) -> bool:
-        return not SamiTrop.takes(header) and "chagas label" in header.comments
+        # The first version of the Challenge's files did not name the source; all of them were of CODE-15%.
+        return "chagas label" in header.comments and "code-15" in header.comments.get("source", "code-15").lower()
 
 
 class SamiTrop(_Exams):

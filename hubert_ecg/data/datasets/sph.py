@@ -47,7 +47,10 @@ class Sph(Dataset):
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         table = locate(folder, _TABLE)
-        return table is not None and "AHA_Code" in table.open(encoding="utf-8", errors="replace").readline(1000)
+        if table is None:
+            return False
+        with open(table, encoding="utf-8", errors="replace") as file:
+            return "AHA_Code" in file.readline(1000)
 
     def entries(self) -> list[Entry]:
         rows = read_table("sph", self._table, _COLUMNS)
