@@ -150,15 +150,19 @@ def learnable(
     Returns:
         The entries, and the labels left out of each task, sorted.
     """
-    merged = [_relabelled(entry, lambda task, label: synonyms.get(label, label)) for entry in entries]
+    merged = list(entries)
+    if synonyms:
+        merged = [_relabelled(entry, lambda task, label: synonyms.get(label, label)) for entry in entries]
     if keep_lone or all(entry.fold is not None for entry in entries):
         return merged, {}
     tasks = {task: None for entry in merged for task in entry.labels}
     lone = {task: sorted(x for x, having in carriers(merged, task).items() if len(having) == 1) for task in tasks}
     lone = {task: labels for task, labels in lone.items() if labels}
-    return [
-        _relabelled(entry, lambda task, label: None if label in lone.get(task, ()) else label) for entry in merged
-    ], lone
+    if lone:
+        merged = [
+            _relabelled(entry, lambda task, label: None if label in lone.get(task, ()) else label) for entry in merged
+        ]
+    return merged, lone
 
 
 def _relabelled(entry: Entry, rename: Callable[[str, str], str | None]) -> Entry:
