@@ -3,7 +3,7 @@
 Official folds hold where a data set publishes them. Elsewhere they are dealt: all records of a patient into one fold,
 each label spread evenly (iterative stratification: Sechidis et al., On the stratification of multi-label data, ECML
 2011, by the library iterative-stratification), the same on every machine. A label of one patient is dropped, of two
-goes to train and test, of three to each of the three splits. A table of the user's may say otherwise.
+goes to train and test, of three or more to each of the three splits. A table of the user's may say otherwise.
 """
 
 from __future__ import annotations
@@ -67,19 +67,22 @@ def _hash(seed: int, name: str) -> bytes:
 
 
 def _deal_rare(labels: Mapping[str, set[str]], folds: dict[str, int], seed: int) -> None:
-    """Deals the patients of labels that two or three patients have."""
+    """Of each label with fewer than ten patients, deals one to train, test and validation, in this order.
+
+    Ten folds alike in labels cannot do that: a test fold goes short of most labels that so few patients have.
+    """
     patients: dict[str, list[str]] = {}
     for patient, its in labels.items():
         for label in its:
             patients.setdefault(label, []).append(patient)
-    rare = [label for label, having in patients.items() if len(having) in (2, 3)]
+    rare = [label for label, having in patients.items() if 1 < len(having) < NUM_FOLDS]
     for label in sorted(rare, key=lambda label: (len(patients[label]), label)):
         having = patients[label]
         seen = {split_name(folds[patient]) for patient in having if patient in folds}
         wanted = [split for split in ("train", "test", "validation")[: len(having)] if split not in seen]
         for patient in having:
-            if patient not in folds:
-                split = wanted.pop(0) if wanted else "train"
+            if wanted and patient not in folds:
+                split = wanted.pop(0)
                 train = 1 + _hash(seed, f"fold of {patient}")[0] % (VALIDATION_FOLD - 1)
                 folds[patient] = train if split == "train" else _SPLITS[split]
 

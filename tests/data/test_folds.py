@@ -65,6 +65,17 @@ def test_rare_labels_go_where_they_are_needed(num_others):
         assert splits_of(entries, "three", folds) == ["test", "train", "validation"]
 
 
+def test_no_split_goes_short_of_a_label():
+    labels = [{"C"} for _ in range(300)]
+    for number, label in enumerate(("four", "five", "seven", "nine", "fifteen")):
+        labels += [{label}] * (4, 5, 7, 9, 15)[number]
+    entries = records(labels)
+    folds = assign_folds(entries, "all")
+    for label in ("four", "five", "seven", "nine", "fifteen"):
+        assert set(splits_of(entries, label, folds)) == {"train", "validation", "test"}
+    assert np.abs(np.bincount(folds, minlength=11)[1:] - 34).max() <= 5
+
+
 def test_a_patient_with_several_rare_labels():
     entries = records([{"a", "b"}, {"a"}, {"b"}, *[{"C"}] * 100])
     folds = assign_folds(entries, "all")
