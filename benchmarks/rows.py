@@ -43,6 +43,10 @@ TABLE = {
         "`hubert-ecg extract`, 1,000 packed records",
         "one Kaldi call per frame",
     ),
+    "test_loader": (
+        "random crops of 5 s, 8,192 packed records",
+        "DataLoader, a record at a time, 2 processes",
+    ),
     "test_preprocess": ("preparing 64 records, published form", "the published chain in SciPy"),
     **{
         f"test_pretrain_step[K{clusters}]": (

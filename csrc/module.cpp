@@ -1,12 +1,14 @@
 // The table of contents of the native module: one line per op and device.
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "add_norm.h"
 #include "attention.h"
 #include "bias_gelu.h"
 #include "conv_norm_gelu.h"
 #include "deltas.h"
+#include "gather.h"
 #include "kmeans.h"
 #include "label.h"
 #include "mfcc.h"
@@ -46,6 +48,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_span_attention_backward_cpu", &hubert_ecg::masked_span_attention_backward_cpu, nogil);
   m.def("conv_norm_gelu_cpu", &hubert_ecg::conv_norm_gelu_cpu, nogil);
   m.def("conv_norm_gelu_backward_cpu", &hubert_ecg::conv_norm_gelu_backward_cpu, nogil);
+  py::class_<hubert_ecg::Shards>(m, "Shards")
+      .def(py::init<const std::vector<std::string>&, const std::vector<int64_t>&, bool>(), nogil)
+      .def("gather", &hubert_ecg::Shards::gather, nogil);
 #ifdef HUBERT_ECG_CUDA
   m.def("mfcc_cuda", &hubert_ecg::mfcc_cuda, nogil);
   m.def("deltas_cuda", &hubert_ecg::deltas_cuda, nogil);

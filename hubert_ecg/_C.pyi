@@ -99,5 +99,11 @@ def conv_norm_gelu_backward_cpu(
     grad: Any, x: Any, taps: Any, offset: Any, sums: Any, windows: Any, stride: int
 ) -> None: ...
 
+class Shards:
+    def __init__(self, paths: list[str], sizes: list[int], half: bool) -> None: ...
+    def gather(
+        self, shard: Any, offset: Any, length: Any, start: Any, scale: Any, out: Any, num_threads: int
+    ) -> None: ...
+
 # Where the module was built with CUDA, those with a csrc/<stem>.cu have a twin, <op>_cuda, whose last argument is the
 # stream's handle.

@@ -35,6 +35,8 @@ COMMANDS = {
     "prepare": Command(configs.PrepareConfig, "data:prepare"),
     "extract": Command(configs.ExtractConfig, "train:extract_features"),
     "cluster": Command(configs.ClusterConfig, "train:cluster_features"),
+    "audit": Command(configs.AuditConfig, "train:audit"),
+    "label": Command(configs.LabelConfig, "train:write_labels"),
     "pretrain": Command(configs.PretrainConfig, "train:pretrain"),
     "finetune": Command(configs.FinetuneConfig, "train:finetune"),
     "evaluate": Command(configs.EvaluateConfig, "train:evaluate"),

@@ -22,8 +22,10 @@ class RunError(RuntimeError):
 
 
 Compat = Literal["corrected", "published"]
-FeatureType = Literal["mfcc", "time_freq", "mixed"]
+FeatureType = Literal["mfcc", "time_freq", "mixed", "latent"]
+MaskStrategy = Literal["tokens", "spans", "lead", "block"]
 Size = Literal["tiny", "small", "base", "large"]
+Parallel = Literal["ddp", "fsdp", "tensor"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -36,7 +38,8 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (
             *("downsampling_factor", "num_clusters", "num_init", "max_iter", "accumulate_steps", "checkpoint_every"),
             *("log_every", "num_epochs", "batch_size", "mask_length", "kmeans_records", "num_crops", "max_steps"),
-            "num_bootstrap",
+            *("num_bootstrap", "num_records", "max_clusters", "teacher_layer", "iterations", "tensor_ranks"),
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
         ),
         ("at least 1", lambda x: x >= 1),
     ),
@@ -119,13 +122,17 @@ class ExtractConfig(DataConfig):
     Args:
         output_path: What to write: a folder, which may be larger than memory, or a .pkl (plain containers and arrays)
             or .npz file, which may not.
-        feature_type: mfcc (39 numbers a token), time_freq (16) or mixed (29).
+        feature_type: mfcc (39 numbers a token), time_freq (16), mixed (29), or latent: the hidden states of a teacher.
+        teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
+        teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
         crop_s: Seconds of each record, from its beginning.
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
     """
 
     output_path: Path = dataclasses.field(kw_only=True)
     feature_type: FeatureType = "mfcc"
+    teacher: str | None = None
+    teacher_layer: int | None = None
     crop_s: float = 5.0
     device: str = "auto"
 
@@ -160,6 +167,29 @@ class ClusterConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelConfig(DataConfig):
+    """Label each token of a packed store with its clusters, as a column beside its records.
+
+    Args:
+        kmeans_path: k-means model from the cluster command; several, with commas between them, are an ensemble.
+        name: Name of the labels in the store.
+        feature_type: What was clustered: mfcc, time_freq, mixed, or latent: the hidden states of a teacher.
+        teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
+        teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
+        crop_s: Seconds of each record, from its beginning.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    kmeans_path: str = dataclasses.field(kw_only=True)
+    name: str = dataclasses.field(kw_only=True)
+    feature_type: FeatureType = "mfcc"
+    teacher: str | None = None
+    teacher_layer: int | None = None
+    crop_s: float = 5.0
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Checked):
     """What pretraining and fine-tuning share.
 
@@ -172,6 +202,14 @@ class TrainConfig(_Checked):
         clip_norm: Largest norm of the gradient; 0 turns clipping off.
         precision: auto is float32 on a CPU and bfloat16 on a GPU.
         device: Where to train: auto, cpu, cuda, cuda:1, ...
+        parallel: What the processes of torchrun share: ddp, gradients alone; fsdp, parameters and the optimiser's
+            state too; tensor, the transformer layers too.
+        tensor_ranks: Processes that share each layer with parallel tensor.
+        compile: Compile each transformer layer with torch.compile.
+        activation_checkpointing: Keep no activations of transformer layers, but compute them again in the backward
+            pass: slower, for records or batches that memory does not hold.
+        dynamic_regularisation: Lower weight decay and dropout after a validation that is better, raise them after
+            patience // 4 that are not.
         validate_every: Optimiser steps between validations; 0 validates after each epoch.
         patience: Stop after this many validations without improvement; 0 never stops early.
         checkpoint_every: Optimiser steps between checkpoints.
@@ -188,6 +226,11 @@ class TrainConfig(_Checked):
     clip_norm: float = 1.0
     precision: Precision = "auto"
     device: str = "auto"
+    parallel: Parallel = "ddp"
+    tensor_ranks: int = 1
+    compile: bool = False
+    activation_checkpointing: bool = False
+    dynamic_regularisation: bool = False
     validate_every: int = 0
     patience: int = 10
     checkpoint_every: int = 500
@@ -201,17 +244,38 @@ class PretrainConfig(TrainConfig, DataConfig):
     """Pretrain by masked prediction: features, k-means pseudo-labels, then the model, in one command.
 
     Args:
-        preset: "published" sets the published recipe; flags given beside it win.
+        preset: "published" sets the published recipe, "corrected" ours (docs/recipes.md); flags given beside it win.
         size: Size of the model: tiny is for tests and demos, the others are the published sizes.
+        hidden_size: Width of the transformer. Default of this and the next three: the model size's own.
+        num_hidden_layers: Transformer layers.
+        num_attention_heads: Heads of each layer.
+        intermediate_size: Width of the feed-forward layers.
         num_epochs: Passes over the training records.
         batch_size: Records in a micro-batch.
         learning_rate: Peak learning rate.
         mask_prob: Share of the tokens that are masked.
-        mask_length: Tokens in one masked span.
+        mask_strategy: What is masked together. tokens: each token by itself; spans: mask_length tokens in a row, with
+            the default of 1 the same as tokens; lead: all tokens of a lead, and some of one more lead for the exact
+            number; block: the same time in all leads, as long as mask_length tokens of a lead (0.64 s each).
+        mask_length: Tokens in one masked span, or of a lead in one masked block.
         num_clusters: Number of k-means clusters K.
-        feature_type: mfcc, time_freq or mixed.
-        kmeans_path: Use this k-means model (from the cluster command) instead of fitting one.
+        feature_type: mfcc, time_freq, mixed, or latent: the hidden states of a teacher.
+        teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
+        teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
+        kmeans_path: Use this k-means model (from the cluster command) instead of fitting one; several, with commas
+            between them, are an ensemble, each with a head and a codebook of its own.
+        labels: Train on precomputed labels of the store (from the label command) instead: its name, or several with
+            commas between them; crops are then the beginnings of the records.
         kmeans_records: Fit k-means on at most this many records, drawn at random.
+        keep_features: Keep the features that k-means was fitted on, as the extract command writes them.
+        start_from: Start from the weights of this model instead of random ones, with fresh codebooks.
+        iterations: Rounds of features, k-means and training; from the second on, features are of the model before.
+        later_num_clusters: Clusters of the iterations after the first, such as 500,1000; the last number holds for all
+            that follow. Default: 500,1000.
+        later_max_steps: Likewise, optimiser steps. Default: as in the first iteration.
+        later_learning_rate: Likewise, peak learning rates. Default: as in the first iteration.
+        later_teacher_layer: Likewise, layers whose features are clustered. Default: five sixths of the depth.
+        later_start: Start later iterations from fresh weights, or from those of the previous iteration.
         alpha: Loss is alpha * masked + (1 - alpha) * unmasked.
         layerdrop: Chance of skipping a layer in a step. Default: the model size's own.
         dropout: Dropout of the encoder. Default: the model size's own.
@@ -224,17 +288,33 @@ class PretrainConfig(TrainConfig, DataConfig):
             test). Default: the store's own.
     """
 
-    preset: Literal["published"] | None = None
+    preset: Literal["published", "corrected"] | None = None
     size: Size = "base"
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
     num_epochs: int = 100
     batch_size: int = 32
     learning_rate: float = 1e-4
     mask_prob: float = 0.15
+    mask_strategy: MaskStrategy = "spans"
     mask_length: int = 1
     num_clusters: int = 100
     feature_type: FeatureType = "mfcc"
-    kmeans_path: Path | None = None
+    teacher: str | None = None
+    teacher_layer: int | None = None
+    kmeans_path: str | None = None
+    labels: str | None = None
     kmeans_records: int = 20_000
+    keep_features: bool = False
+    start_from: str | None = None
+    iterations: int = 1
+    later_num_clusters: str | None = None
+    later_max_steps: str | None = None
+    later_learning_rate: str | None = None
+    later_teacher_layer: str | None = None
+    later_start: Literal["fresh", "previous"] = "fresh"
     alpha: float = 1.0
     layerdrop: float | None = None
     dropout: float | None = None
@@ -244,6 +324,14 @@ class PretrainConfig(TrainConfig, DataConfig):
     crop_s: float = 5.0
     validation_share: float = 0.05
     splits_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_length != 1 and self.mask_strategy in ("tokens", "lead"):
+            raise UserError(
+                f"--mask_length must be 1 with --mask_strategy {self.mask_strategy}, got {self.mask_length}; "
+                "it is for spans and block"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +438,41 @@ class EvaluateConfig(LabelledConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class AuditConfig(DataConfig):
+    """Show what the pseudo-labels are: their use, samples, leads, place in the beat, and what they tell of labels.
+
+    Args:
+        model_path: A run of the pretrain command: its .pt file or folder. Its clusters are looked at, with its settings
+            of features and crops; of several iterations, those of the last.
+        kmeans_path: A k-means model of the cluster command, in place of a run; several, with commas between them, are
+            an ensemble, and have a page each.
+        feature_type: What was clustered: mfcc, time_freq, mixed, or latent: the hidden states of a teacher.
+        teacher: Model of latent features: a .pt file, a model folder, hubert_ecg_base (or _small, _large), or a hub id.
+        teacher_layer: Layer of the teacher, from 1. Default: five sixths of its depth, 10 of 12.
+        output_dir: Folder for audit.html and audit.json. Default: beside the k-means model.
+        dataset: Name of the data set in data_path, or "auto".
+        num_records: Look at this many records at most, drawn by seed.
+        crop_s: Seconds of each record, from its beginning.
+        max_clusters: Draw this many clusters, by falling use.
+        batch_size: Records in a batch.
+        device: Where to compute: auto, cpu, cuda, cuda:1, ...
+    """
+
+    model_path: Path | None = None
+    kmeans_path: str | None = None
+    feature_type: FeatureType = "mfcc"
+    teacher: str | None = None
+    teacher_layer: int | None = None
+    output_dir: Path | None = None
+    dataset: str = "auto"
+    num_records: int = 2000
+    crop_s: float = 5.0
+    max_clusters: int = 30
+    batch_size: int = 256
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig(_Checked):
     """Run the main job from a folder of ECGs to a report: pack, cluster, pretrain, fine-tune, evaluate.
 
@@ -382,23 +505,36 @@ class InfoConfig:
     json: bool = False
 
 
-# The recipe of the published weights, where it differs from the guide's defaults.
+# What the recipes of docs/recipes.md share.
+_RECIPE: dict[str, Any] = {
+    "batch_size": 448,
+    "learning_rate": 5e-5,
+    "mask_prob": 0.33,
+    # Counted in steps, however many records an epoch has.
+    "num_epochs": 1_000_000,
+    "max_steps": 80_000,
+    "warmup": 0.08,
+    "weight_decay": 0.01,
+    "beta2": 0.98,
+    "adam_eps": 1e-9,
+    "validate_every": 4000,
+    "patience": 10,
+    "iterations": 3,
+}
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "published": {
-        "batch_size": 448,
-        "learning_rate": 5e-5,
-        "mask_prob": 0.33,
-        # Counted in steps, however many records an epoch has.
-        "num_epochs": 1_000_000,
-        "max_steps": 80_000,
-        "warmup": 0.08,
-        "weight_decay": 0.01,
-        "beta2": 0.98,
-        "adam_eps": 1e-9,
-        "validate_every": 4000,
-        "patience": 10,
+        **_RECIPE,
         "compat": "published",
-    }
+        "later_num_clusters": "500",
+        "later_max_steps": "800000",
+        "dynamic_regularisation": True,
+    },
+    "corrected": {
+        **_RECIPE,
+        "compat": "corrected",
+        "later_num_clusters": "500,1000",
+        "later_max_steps": "400000",
+    },
 }
 
 

@@ -1,13 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files mapped into memory."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -33,8 +36,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make durable which files a folder has."""
     if os.name == "posix":
-        _sync(path.parent, os.O_RDONLY)
+        _sync(path, os.O_RDONLY)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -46,6 +54,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def forget_pages(x: np.ndarray) -> None:
+    """Gives what was read of a memory map back to the system; it is read again when it is looked at again."""
+    mapped = memory_map(x)
+    # What was changed in a private map exists nowhere else.
+    if mapped is not None and mapped.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def memory_map(x: np.ndarray) -> np.memmap | None:
+    """The memory map whose file holds this array, if it is such a view."""
+    base: Any = x
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap) and isinstance(getattr(base, "_mmap", None), mmap.mmap):
+            return base
+        base = base.base
+    return None
 
 
 def _sync(path: Path, flags: int) -> None:

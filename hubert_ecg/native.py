@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,20 @@ def find(op: str, device: str) -> Callable[..., None] | None:
             entry(*map(_view, args), torch.cuda.current_stream(where).cuda_stream)
 
     return on_cpu if device == "cpu" else on_cuda
+
+
+def map_shards(paths: Sequence[str], sizes: Sequence[int], half: bool) -> Callable[..., None] | None:
+    """``gather(shard, offset, length, start, scale, out, num_threads)`` of these files, see csrc/gather.h; None where
+    it is not built.
+
+    Raises:
+        ValueError: A file is of another size.
+        RuntimeError: A file cannot be mapped.
+    """
+    if not hasattr(_C, "Shards"):
+        return None
+    gather = _C.Shards(list(paths), list(sizes), half).gather
+    return lambda *args: gather(*map(_view, args))
 
 
 def _view(arg: Any) -> Any:

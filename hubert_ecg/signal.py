@@ -492,7 +492,7 @@ def _decimate(x: torch.Tensor, factor: int) -> torch.Tensor:
     if factor == 1:
         return x
     if x.device.type == "cpu":
-        return torch.from_numpy(np.ascontiguousarray(scipy.signal.decimate(x.numpy(), factor)))
+        return torch.from_numpy(scipy.signal.decimate(x.numpy(), factor).copy())
     return _forward_backward(x, *_anti_alias(factor))[..., ::factor]
 
 

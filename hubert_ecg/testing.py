@@ -1,19 +1,23 @@
-"""What tests and benchmarks share: comparison that names the tensor, poisoned memory, peers to compare with."""
+"""What tests and benchmarks share: comparison that names the tensor, poisoned memory, peers, large stores."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hubert_ecg.data import Store
 
 
 def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: str = "output") -> None:
@@ -147,3 +151,49 @@ def torchaudio_mfcc(kaldi: Any, frames: Tensor, sample_rate_hz: float = 100.0, *
         use_energy=False,
         **options,
     )
+
+
+def tiled_store(folder: Path, num_records: int, duration_s: float, num_tiled: int = 64) -> Store:
+    """A store of many records without labels, at 100 Hz: a few of the synthetic cohort, over and over.
+
+    What is packed, shard by shard, is as many records as asked for; only reading and filtering, which would take hours
+    for a million, are done once for each of the few.
+    """
+    from unittest import mock
+
+    from hubert_ecg.data import Dataset, Entry, Record, build, packing
+    from hubert_ecg.data.synthetic import Cohort
+
+    class Short(Cohort):
+        def read(self, entry: Entry) -> Record:
+            record = super().read(entry)
+            return record.replace(signal=record.signal[:, : round(duration_s * record.sampling_rate_hz)])
+
+    class Tiled(Dataset):
+        name = "tiled"
+
+        def __init__(self) -> None:
+            pass
+
+        def entries(self) -> list[Entry]:
+            names = (f"{i:08d}" for i in range(num_records))
+            return [Entry(name, Path(f"recordings/{name}.npy"), f"{name}.npy", f"p{name}") for name in names]
+
+        def fingerprint(self) -> str:
+            return f"{num_records} {duration_s} {num_tiled}"
+
+    cohort = Short(num_records=num_tiled)
+    ((_, tiles),) = packing.packed_chunks(cohort, packing.Settings(), [(0, cohort.entries())], num_workers=0)
+
+    def tiled_chunks(dataset: Any, settings: Any, chunks: Any, num_workers: int) -> Iterator[Any]:
+        for position, entries in chunks:
+            yield position, [_as_entry(tiles[int(entry.record_id) % num_tiled], entry) for entry in entries]
+
+    with mock.patch.object(build, "packed_chunks", tiled_chunks):
+        return build.build(Tiled(), folder)
+
+
+def _as_entry(packed: Any, entry: Any) -> Any:
+    row = {name: value for name, value in packed.row.items() if not name.startswith("labels_")}
+    own = {name: getattr(entry, name) for name in ("record_id", "source", "patient_id", "fold")}
+    return dataclasses.replace(packed, row=row | own)

@@ -30,7 +30,10 @@ def error_line(capsys, *argv: str) -> str:
         (["pretrain", "--data_path", "x", "--learning_rate", "nan"], "--learning_rate"),
         (["pretrain", "--data_path", "x", "--feature_type", "mfc"], "feature_type"),
         (["pretrain", "--data_path", "x", "--max_steps", "many"], "--max_steps must be int, got many"),
-        (["pretrain", "--data_path", "x", "--preset", "ours"], "--preset must be one of ['published'], got ours"),
+        (
+            ["pretrain", "--data_path", "x", "--preset", "ours"],
+            "--preset must be one of ['published', 'corrected'], got ours",
+        ),
         (["pretrain", "--data_path", "x", "--crop_s", "0.05"], "--crop_s must be at least 0.1 seconds"),
         (["pretrain", "--data_path", "/no/such/folder"], "/no/such/folder"),
         (["extract", "--data_path", "/no/such/folder", "--output_path", "f.pkl"], "/no/such/folder"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from hubert_ecg.testing import assert_close, assert_same_clusters, poisoned_memory, strided
+from hubert_ecg.testing import assert_close, assert_same_clusters, poisoned_memory, strided, tiled_store
 
 
 def test_assert_close_names_the_tensor_and_its_worst_element():
@@ -60,3 +61,15 @@ def test_assert_same_clusters_lets_ties_pass_alone():
         assert_same_clusters(torch.tensor([0, 0, 1, 2]), expected, points, centroids, rounding / 4)
     with pytest.raises(AssertionError, match="shape"):
         assert_same_clusters(expected[:3], expected, points, centroids, rounding)
+
+
+def test_a_tiled_store_repeats_a_few_records(tmp_path):
+    store = tiled_store(tmp_path / "s", 5, 2.0, num_tiled=2)
+    assert store.column("record_id").tolist() == [f"{i:08d}" for i in range(5)]
+    assert len(set(store.column("patient_id"))) == 5
+    assert store.tasks == ()
+    signals = [record.signal for record in store]
+    assert signals[0].shape == (12, 200)
+    for i in range(5):
+        assert np.array_equal(signals[i], signals[i % 2])
+    assert not np.array_equal(signals[0], signals[1])

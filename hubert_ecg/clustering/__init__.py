@@ -12,7 +12,8 @@ quality      :func:`scores`.
 """
 
 from hubert_ecg.clustering.kmeans import KMeans
-from hubert_ecg.clustering.points import BlockSource, forget_pages
+from hubert_ecg.clustering.points import BlockSource
 from hubert_ecg.clustering.quality import scores
+from hubert_ecg.files import forget_pages
 
 __all__ = ["BlockSource", "KMeans", "forget_pages", "scores"]

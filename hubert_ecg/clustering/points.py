@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from hubert_ecg import ops
 from hubert_ecg.clustering.ranks import Ranks
+from hubert_ecg.files import forget_pages, memory_map
 from hubert_ecg.ops._op import give_back, kind_of, to_tensor
 
 #: A NumPy, CuPy or torch array, or (as scikit-learn takes them) nested lists.
@@ -294,14 +294,6 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def forget_pages(x: np.ndarray) -> None:
-    """Gives what was read of a memory map back to the system; it is read again when it is looked at again."""
-    mapped = _memory_map(x)
-    # What was changed in a private map exists nowhere else.
-    if mapped is not None and mapped.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
-        mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-
-
 class _InMemory:
     """A tensor."""
 
@@ -384,19 +376,9 @@ class _Source:
 def _reader(op: str, x: ArrayLike | BlockSource) -> Any:
     if not isinstance(x, Tensor | np.ndarray) and callable(getattr(x, "blocks", None)):
         return _Source(op, x)
-    if isinstance(x, np.ndarray) and _memory_map(x) is not None:
+    if isinstance(x, np.ndarray) and memory_map(x) is not None:
         return _Mapped(op, x)
     return _InMemory(as_tensor(f"{op}: x", x))
-
-
-def _memory_map(x: np.ndarray) -> np.memmap | None:
-    """The memory map whose file holds this array, if it is such a view."""
-    base: Any = x
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap) and isinstance(getattr(base, "_mmap", None), mmap.mmap):
-            return base
-        base = base.base
-    return None
 
 
 def _compute_dtype(op: str, dtype: Any) -> torch.dtype:

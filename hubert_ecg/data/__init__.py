@@ -13,6 +13,8 @@ _PUBLIC = {
     "DATASETS": "datasets",
     "Dataset": "dataset",
     "Entry": "dataset",
+    "LabelSet": "label_sets",
+    "LabelWriter": "label_sets",
     "Loader": "loader",
     "READERS": "readers",
     "ReadError": "readers",

@@ -48,6 +48,8 @@ SPLITS_TABLE = "splits.csv"
 _CHUNK_RECORDS = 32
 # Below this many records, starting worker processes costs more than it saves.
 _POOL_FROM_RECORDS = 256
+# Shards whose rows are in memory together while the index is put together.
+_INDEX_SHARDS = 256
 _SKIPPED_SHOWN = 10
 # Another process may be creating these while this one looks.
 _OWN_FILES = {SHARDS, BUILDING, INDEX, MANIFEST}
@@ -123,8 +125,7 @@ def open_store(
     def with_splits(store: Store) -> Store:
         if splits is None:
             return store
-        names = store.index[["record_id", "source"]]
-        folds = given_folds(splits, names["record_id"], names["source"], str(splits_from))
+        folds = given_folds(splits, store.column("record_id"), store.column("source"), str(splits_from))
         if progress and (left_out := folds.count(NO_FOLD)):
             _console().print(f"{splits_from} leaves out {left_out} of {len(store)} records", highlight=False)
         return Store(store.path, np.array(folds))
@@ -398,27 +399,33 @@ def _finish(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parts = [pq.read_table(_part(folder, position)) for position in range(num_shards)]
-    shards = [json.loads(part.schema.metadata[b"shard"]) for part in parts]
-    skipped = [item for part in parts for item in json.loads(part.schema.metadata[b"skipped"])]
-    table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
-    if not table.num_rows:
-        source, reason = skipped[0] if skipped else (str(folder), "it is empty")
-        raise UserError(f"{dataset.name}: none of {len(skipped)} records can be read; the first, {source}: {reason}")
-    label_names = {
-        task: [task]
-        if dataset.problem_of(task) == "regression"
-        else sorted(table[label_column(task)].combine_chunks().flatten().unique().to_pylist())
-        for task in dataset.tasks
-    }
-    with replacing(folder / INDEX) as path:
-        pq.write_table(table, path)
+    shards, skipped, hours, num_records = [], [], 0.0, 0
+    label_names: dict[str, set[str]] = {task: set() for task in dataset.tasks}
+    with replacing(folder / INDEX) as path, pq.ParquetWriter(path, _schema(dataset)) as writer:
+        for first in range(0, num_shards, _INDEX_SHARDS):
+            some = range(first, min(first + _INDEX_SHARDS, num_shards))
+            parts = [pq.read_table(_part(folder, position)) for position in some]
+            shards += [json.loads(part.schema.metadata[b"shard"]) for part in parts]
+            skipped += [item for part in parts for item in json.loads(part.schema.metadata[b"skipped"])]
+            table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
+            num_records += table.num_rows
+            hours += sum(table["duration_s"].to_pylist()) / 3600
+            for task, names in label_names.items():
+                if dataset.problem_of(task) == "regression":
+                    names.add(task)
+                else:
+                    names.update(table[label_column(task)].combine_chunks().flatten().unique().to_pylist())
+            writer.write_table(table)
+        if not num_records:
+            source, reason = skipped[0] if skipped else (str(folder), "it is empty")
+            which = f"none of {len(skipped)} records can be read; the first, {source}"
+            raise UserError(f"{dataset.name}: {which}: {reason}")
     index_hash = file_hash(folder / INDEX)
     manifest = {
         "format_version": FORMAT_VERSION,
         "dataset": dataset.name,
-        "num_records": table.num_rows,
-        "hours": round(sum(table["duration_s"].to_pylist()) / 3600, 4),
+        "num_records": num_records,
+        "hours": round(hours, 4),
         "sampling_rate_hz": settings.sampling_rate_hz,
         "stored_rate_hz": settings.stored_rate_hz,
         "leads": list(LEADS),
@@ -427,7 +434,7 @@ def _finish(
         "splits_hash": _write_splits(folder / SPLITS_TABLE, table),
         "problem": dataset.problem,
         "tasks": list(dataset.tasks),
-        "label_names": label_names,
+        "label_names": {task: sorted(names) for task, names in label_names.items()},
         "shards": shards,
         "index_hash": index_hash,
         "hash": stream_hash([index_hash.encode(), *(shard["hash"].encode() for shard in shards)]),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TABLES = {".csv", ".dat"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """One recording of a data set, before its signal is read.
 

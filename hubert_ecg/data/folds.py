@@ -48,17 +48,20 @@ def assign_folds(entries: Sequence[Entry], task: str | None = None, seed: int = 
         seed: Seed of the deal. Neither the order of the entries nor anything else matters.
     """
     folds: dict[str, int] = {}
-    labels: dict[str, set[str]] = {}
+    labels: dict[str, frozenset[str]] = {}
+    none: frozenset[str] = frozenset()
     for entry in entries:
         patient = patient_name(entry)
         if entry.fold is not None:
             folds.setdefault(patient, entry.fold)
-        labels.setdefault(patient, set()).update(entry.labels.get(task, ()) if task else ())
+        known, found = labels.get(patient, none), entry.labels.get(task, ()) if task else ()
+        labels[patient] = known.union(found) if found else known
     # Shuffled, and the same whatever the order of the entries.
     shuffled = {patient: labels[patient] for patient in sorted(labels, key=lambda patient: _hash(seed, patient))}
     _deal_rare(shuffled, folds, seed)
     free = {patient: its for patient, its in shuffled.items() if patient not in folds}
-    folds.update(_stratify(free, seed) if len(free) >= _FEW else _deal(free, folds.values(), seed))
+    spread = len(free) >= _FEW and any(free.values())
+    folds.update(_stratify(free, seed) if spread else _deal(free, set(folds.values()), seed))
     return [entry.fold or folds[patient_name(entry)] for entry in entries]
 
 
@@ -66,7 +69,7 @@ def _hash(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed} {name}".encode(errors="surrogateescape")).digest()
 
 
-def _deal_rare(labels: Mapping[str, set[str]], folds: dict[str, int], seed: int) -> None:
+def _deal_rare(labels: Mapping[str, frozenset[str]], folds: dict[str, int], seed: int) -> None:
     """Of each label with fewer than ten patients, deals one to train, test and validation, in this order.
 
     Ten folds alike in labels cannot do that: a test fold goes short of most labels that so few patients have.
@@ -87,7 +90,7 @@ def _deal_rare(labels: Mapping[str, set[str]], folds: dict[str, int], seed: int)
                 folds[patient] = train if split == "train" else _SPLITS[split]
 
 
-def _deal(labels: Mapping[str, set[str]], taken: Collection[int], seed: int) -> dict[str, int]:
+def _deal(labels: Mapping[str, frozenset[str]], taken: Collection[int], seed: int) -> dict[str, int]:
     """In the order of their labels, in blocks of ten; the first fills what is empty, train, validation, test first."""
     order = sorted(labels, key=lambda patient: sorted(labels[patient]))
     rng = np.random.Generator(np.random.Philox(key=seed))
@@ -99,11 +102,11 @@ def _deal(labels: Mapping[str, set[str]], taken: Collection[int], seed: int) -> 
     return dict(zip(order, folds, strict=False))
 
 
-def _stratify(labels: Mapping[str, set[str]], seed: int) -> dict[str, int]:
+def _stratify(labels: Mapping[str, frozenset[str]], seed: int) -> dict[str, int]:
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
     patients = list(labels)
-    names = sorted(set().union(*labels.values()))
+    names = sorted(frozenset().union(*labels.values()))
     column = {name: position for position, name in enumerate(names)}
     # Every patient is one, which evens out the folds' sizes; nobody has the last, and two values make it a label table.
     table = np.zeros((len(patients), len(names) + 2), dtype=bool)

@@ -6,6 +6,7 @@ A store is a folder that may be moved::
     index.parquet       one row per record
     splits.csv          fold and split of each record
     shards/00000.bin    samples, int16 or float16; record after record, each [12, num_samples] in row order
+    labels/NAME.npy     precomputed labels of tokens, where there are any; see hubert_ecg.data.label_sets
 
 A sample, in the units of the preprocessing, is its stored number times the scale of its record and lead.
 """
@@ -16,14 +17,18 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import torch
 
 from hubert_ecg.config import UserError
+from hubert_ecg.data import label_sets
 from hubert_ecg.data.folds import NO_FOLD, TEST_FOLD, VALIDATION_FOLD
+from hubert_ecg.data.gather import Gather, open_shards
+from hubert_ecg.data.label_sets import LabelSet, LabelWriter
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
 
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST, BUILDING, INDEX, SHARDS = "store.json", "building.json", "index.parquet", "shards"
 SPLITS = ("train", "validation", "test", "all")
+# Columns of the index that say where samples lie, and those that a record carries.
+_PLACES = {"shard", "offset", "scale", "present"}
+_FACTS = ("record_id", "source", "patient_id", "fold", "age", "sex")
 
 
 def shard_name(position: int) -> str:
@@ -92,7 +100,6 @@ class Store:
         self.problem: str = manifest["problem"]
         self.skipped: list[tuple[str, str]] = [(source, reason) for source, reason in manifest["skipped"]]
         self._dtype = np.dtype(settings["signal_dtype"])
-        self._shards: dict[int, np.ndarray] = {}
         self._check()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -122,13 +129,13 @@ class Store:
             raise IndexError(f"Store: index must be below {len(self)}, got {position}")
         position %= len(self)
         signal, _ = self.gather(np.array([position]), None, int(self.num_samples[position]))
-        row = self._table.slice(position, 1).to_pylist()[0]
+        row = self._facts.slice(position, 1).to_pylist()[0]
         return Record(
             signal[0],
             self.stored_rate_hz,
             LEADS,
             labels={task: tuple(row[label_column(task)]) for task in self.tasks if label_column(task) in row},
-            **{key: row[key] for key in ("record_id", "source", "patient_id", "fold", "age", "sex")},
+            **{key: row[key] for key in _FACTS},
         )
 
     def __iter__(self) -> Iterator[Record]:
@@ -139,13 +146,16 @@ class Store:
         """One row per record: record_id, source, source_rate_hz, leads (names of the file), num_samples (stored),
         duration_s, patient_id, fold, age, sex, num_flat_leads, num_missing_samples, and for each task ``labels_<task>``
         (lists) or ``value_<task>``."""
-        hidden = {"shard", "offset", "scale", "present"}
-        columns = [name for name in self._table.column_names if name not in hidden]
-        frame = self._table.select([name for name in columns if not _is_list(self._table, name)]).to_pandas()
-        for name in columns:
+        table = self._read(*(name for name in self._names if name not in _PLACES))
+        frame = table.select([name for name in table.column_names if not _is_list(table, name)]).to_pandas()
+        for name in table.column_names:
             if name not in frame:
-                frame[name] = self._table[name].to_pylist()
-        return frame[columns]
+                frame[name] = table[name].to_pylist()
+        return frame[table.column_names]
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of :attr:`index`, ``[N]``, without reading the others: of a large store, they fill the memory."""
+        return self._read(name)[name].to_numpy()
 
     @property
     def splits(self) -> str:
@@ -155,20 +165,31 @@ class Store:
     @functools.cached_property
     def num_samples(self) -> np.ndarray:
         """Length of each record at ``stored_rate_hz``, ``[N] int64``."""
-        return self._column("num_samples")
+        return self.column("num_samples").astype(np.int64)
 
     @functools.cached_property
     def folds(self) -> np.ndarray:
         """Fold 1 to 10 of each record, ``[N] int64``; 0 for one that given splits leave out."""
-        return self._column("fold") if self._given_folds is None else np.asarray(self._given_folds, dtype=np.int64)
+        folds = self.column("fold") if self._given_folds is None else self._given_folds
+        return np.asarray(folds, dtype=np.int64)
 
-    def gather(self, indices: np.ndarray, starts: np.ndarray | None, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    def gather(
+        self,
+        indices: np.ndarray,
+        starts: np.ndarray | None,
+        num_samples: int,
+        *,
+        out: np.ndarray | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Cut the same length out of many records, straight from the memory maps.
 
         Args:
             indices: ``[B] int64`` records.
             starts: ``[B] int64`` first sample of each cut, in stored samples; None is the beginning.
             num_samples: Length T of the cuts, in stored samples.
+            out: Where to write the cuts, ``[B, 12, T] float32``.
+            num_threads: Threads that cut; None for as many as torch has.
 
         Returns:
             ``[B, 12, T] float32``, zero after the end of a record, and the number of valid samples, ``[B] int64``.
@@ -176,23 +197,23 @@ class Store:
         Raises:
             IndexError: A record is not in the store.
             ValueError: A start lies outside its record.
+            UserError: The index names samples that its shard does not have.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"gather: indices must be 0 to {len(self) - 1}, got {indices.min()} to {indices.max()}")
         lengths = self.num_samples[indices]
-        starts = np.zeros_like(lengths) if starts is None else np.asarray(starts, dtype=np.int64)
+        starts = np.zeros_like(lengths) if starts is None else np.array(starts, dtype=np.int64)
         if starts.shape != indices.shape or (starts < 0).any() or (starts >= lengths).any():
             raise ValueError(f"gather: starts must lie inside each record, got {starts} for lengths {lengths}")
-        valid = np.minimum(num_samples, lengths - starts)
-        shards, offsets, scales = self._shard[indices], self._offset[indices], self._scale[indices]
-        ecg = np.zeros((len(indices), len(LEADS), num_samples), dtype=np.float32)
-        places = zip(*(column.tolist() for column in (shards, offsets, lengths, starts, valid)), strict=True)
-        for row, (shard, offset, length, start, count) in zip(ecg, places, strict=True):
-            record = self._map(shard)[offset : offset + len(LEADS) * length].reshape(len(LEADS), length)
-            row[:, :count] = record[:, start : start + count]
-        ecg *= scales[:, :, None]
-        return ecg, valid
+        if out is None:
+            out = np.empty((len(indices), len(LEADS), num_samples), dtype=np.float32)
+        places = self._shard[indices], self._offset[indices], lengths, starts, self._scale[indices]
+        try:
+            self._gather(*places, out, num_threads or torch.get_num_threads())
+        except ValueError as error:
+            raise _damaged(self.path, str(error)) from error
+        return out, np.minimum(num_samples, lengths - starts)
 
     def present(self, indices: np.ndarray) -> np.ndarray:
         """Which leads of the records were measured or derived, ``[B, 12] bool``; the others are zero."""
@@ -215,7 +236,7 @@ class Store:
     def problem_of(self, task: str) -> str:
         """ "multilabel" or "regression"."""
         self._require(task)
-        return "regression" if value_column(task) in self._table.column_names else self.problem
+        return "regression" if value_column(task) in self._names else self.problem
 
     def label_names(self, task: str) -> tuple[str, ...]:
         """The labels of a task: those that occur in the store's records, in any fold, sorted. For a regression task,
@@ -237,8 +258,8 @@ class Store:
         """
         names = self.label_names(task)
         if self.problem_of(task) == "regression":
-            return self._table[value_column(task)].to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
-        column = self._table[label_column(task)].combine_chunks()
+            return self.column(value_column(task)).astype(np.float32)[:, None]
+        column = self._read(label_column(task))[label_column(task)].combine_chunks()
         counts = column.value_lengths().to_numpy(zero_copy_only=False)
         rows = np.repeat(np.arange(len(self)), counts)
         targets = np.zeros((len(self), len(names)), dtype=np.float32)
@@ -246,6 +267,43 @@ class Store:
         if len(labels):
             targets[rows, np.searchsorted(np.array(names, dtype=object), labels)] = 1.0
         return targets
+
+    @property
+    def label_sets(self) -> tuple[str, ...]:
+        """Names of the precomputed labels of tokens that lie beside the shards, sorted."""
+        return label_sets.names_of(self)
+
+    def labels(self, name: str) -> LabelSet:
+        """Precomputed labels of the tokens of every record, and what they are.
+
+        Raises:
+            UserError: There are none of this name, or they are damaged or of other records.
+        """
+        return label_sets.read_labels(self, name)
+
+    def write_labels(
+        self,
+        name: str,
+        labels: np.ndarray,
+        *,
+        num_clusters: int,
+        crop_s: float,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep labels ``[E, N, tokens]`` of the first crop_s seconds of every record under a name.
+
+        :class:`hubert_ecg.data.LabelWriter`, whose arguments these are, writes what is larger than memory.
+
+        Raises:
+            UserError: The name is none for a file.
+            ValueError: Labels of another number of records, or that no cluster has.
+        """
+        sizes = {"num_models": labels.shape[0], "num_tokens": labels.shape[2], "num_clusters": num_clusters}
+        if labels.shape[1] != len(self):
+            raise ValueError(f"labels: labels must be of {len(self)} records, got {list(labels.shape)}")
+        writer = LabelWriter(self, name, **sizes, crop_s=crop_s, facts=facts)
+        writer.write(0, labels)
+        writer.finish()
 
     def verify(self) -> None:
         """Read every shard and compare it with its hash.
@@ -276,28 +334,36 @@ class Store:
     def _shard_path(self, name: str) -> Path:
         return self.path / SHARDS / f"{name}.bin"
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._shards:
-            path = self._shard_path(shard_name(shard))
-            self._shards[shard] = np.memmap(path, dtype=self._dtype, mode="r").view(np.ndarray)
-        return self._shards[shard]
+    @functools.cached_property
+    def _gather(self) -> Gather:
+        shards, size = self.manifest["shards"], self._dtype.itemsize
+        paths = [self._shard_path(shard["name"]) for shard in shards]
+        return open_shards(paths, [shard["num_bytes"] // size for shard in shards], self._dtype)
 
     @functools.cached_property
-    def _table(self) -> pa.Table:
+    def _names(self) -> list[str]:
+        """Columns of the index."""
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / INDEX)
+        return pq.read_schema(self.path / INDEX).names
 
-    def _column(self, name: str) -> np.ndarray:
-        return self._table[name].to_numpy().astype(np.int64)
+    def _read(self, *names: str) -> pa.Table:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(self.path / INDEX).read(columns=list(names))
+
+    @functools.cached_property
+    def _facts(self) -> pa.Table:
+        """What records say beside their samples."""
+        return self._read(*(name for name in self._names if name in _FACTS or name.startswith(label_column(""))))
 
     @functools.cached_property
     def _shard(self) -> np.ndarray:
-        return self._column("shard")
+        return self.column("shard").astype(np.int64)
 
     @functools.cached_property
     def _offset(self) -> np.ndarray:
-        return self._column("offset")
+        return self.column("offset").astype(np.int64)
 
     @functools.cached_property
     def _scale(self) -> np.ndarray:
@@ -308,7 +374,7 @@ class Store:
         return self._lead_matrix("present").astype(bool)
 
     def _lead_matrix(self, name: str) -> np.ndarray:
-        values = self._table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        values = self._read(name)[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return values.reshape(len(self), len(LEADS))
 
 

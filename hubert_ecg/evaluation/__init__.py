@@ -16,11 +16,12 @@ _PUBLIC = {
     "compare_table": "metrics",
     "evaluate": "metrics",
     "EcgExample": "report",
+    "write_audit": "report",
     "write_json": "report",
     "write_predictions": "predictions",
     "write_report": "report",
 }
-_MODULES = ("bootstrap", "metrics", "plots", "predictions", "report")
+_MODULES = ("audit", "audit_plots", "beats", "bootstrap", "metrics", "plots", "predictions", "report")
 
 __all__ = [*_MODULES, *_PUBLIC]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hubert_ecg.evaluation.metrics import Estimate, Evaluation, check_scores
-from hubert_ecg.files import replacing
+from hubert_ecg.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
 # Below this many positives a percentile interval says little; the report marks such labels.
 _FEW_POSITIVES = 10
 _MAX_PROBABILITIES = 6
+# Rows of a task's labels in an audit.
+_MAX_LABELS = 15
+_TOLD = ("share", "chance", "chance_sd", "bits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +88,11 @@ def write_report(
     Returns:
         The path.
     """
-    import jinja2
-    from markupsafe import Markup
-
     from hubert_ecg.evaluation import plots
 
     path = Path(path)
+    picture = pictures()
     examples = [example if isinstance(example, EcgExample) else EcgExample(*example) for example in ecgs]
-    num_figures = 0
-
-    def picture(figure: Figure) -> Markup:
-        nonlocal num_figures
-        num_figures += 1
-        return Markup(plots.svg(figure, f"f{num_figures}"))
 
     curves = []
     if targets is not None and scores is not None:
@@ -115,16 +112,13 @@ def write_report(
     # One scale for all: the paper of a short record is narrower than that of a long one.
     widest = max((paper.get_figwidth() for paper in papers), default=1.0)
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": _number, "estimate": _estimate}
-    template = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    html = environment.from_string(template).render(
+    write_page(
+        path,
+        "report.html.j2",
         title=title,
         evaluation=evaluation,
         runs=_comparable(runs),
-        facts=_grouped(facts),
+        facts=grouped(facts),
         examples=[
             {
                 "title": example.title,
@@ -142,9 +136,33 @@ def write_report(
         skipped=list(skipped),
         few_positives=_FEW_POSITIVES,
     )
-    with replacing(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
     return path
+
+
+def pictures() -> Callable[[Figure], Markup]:
+    """What turns the figures of one page into SVG elements that share no id."""
+    from markupsafe import Markup
+
+    from hubert_ecg.evaluation import plots
+
+    number = itertools.count(1)
+    return lambda figure: Markup(plots.svg(figure, f"f{next(number)}"))
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page from one of the templates beside this module, whole or not at all."""
+    import jinja2
+
+    folder = resources.files(__package__)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+    )
+    environment.filters |= {"number": _number, "estimate": _estimate}
+    write_text(path, environment.get_template(template).render(**values))
 
 
 def write_json(
@@ -176,10 +194,63 @@ def write_json(
         content["facts"] = dict(facts)
     if skipped:
         content["skipped"] = [{"source": source, "reason": reason} for source, reason in skipped]
-    with replacing(path) as temporary:
-        text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, to_text(content))
     return path
+
+
+def to_text(content: Any) -> str:
+    """Numbers of any kind as strict JSON: arrays as lists, and null for what is no number."""
+    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_audit(
+    path: str | Path, found: Mapping[str, Any], *, title: str, max_clusters: int, facts: Mapping[str, Any]
+) -> None:
+    """Write what :meth:`hubert_ecg.evaluation.audit.ClusterAudit.result` found, as a page and as JSON.
+
+    Args:
+        path: Of both files, which add .html and .json.
+        found: The numbers, and ``stability``: name -> share of the tokens that keep their cluster.
+        title: Heading.
+        max_clusters: Clusters that are drawn, by falling use; the JSON file has all of them.
+        facts: Heading -> {name -> value}.
+    """
+    from hubert_ecg.evaluation import audit, audit_plots, plots
+
+    path, picture = Path(path), pictures()
+    unit = "scaled units"
+    drawn = [cluster for cluster in found["clusters"][:max_clusters] if cluster["num_tokens"]]
+    step = audit_plots.CLUSTERS_IN_PICTURE
+    told = found["information"]
+    tasks = {task: of for task, of in told["tasks"].items() if of["labels"]}
+    bars = [("lead", told["lead"]), ("position in the beat", told["beat"])]
+    bars += [(f"labels: {task}", audit.Information(*(of[name] for name in _TOLD))) for task, of in tasks.items()]
+    write_page(
+        path.with_suffix(".html"),
+        "audit.html.j2",
+        title=title,
+        found=found,
+        facts=grouped(facts),
+        stability=list(found["stability"].items()),
+        agreement_by_chance=sum(cluster["share"] ** 2 for cluster in found["clusters"]),
+        notes=audit.remarks(found),
+        use_picture=picture(plots.cluster_use(np.array([cluster["num_tokens"] for cluster in found["clusters"]]))),
+        information_picture=picture(audit_plots.information_bars(bars)),
+        drawn=drawn,
+        num_drawn=len(drawn),
+        num_examples=audit.NUM_EXAMPLES,
+        num_phases=audit.NUM_PHASES,
+        max_labels=_MAX_LABELS,
+        token_s=len(found["axes"]["time_s"]) * (found["axes"]["time_s"][1] - found["axes"]["time_s"][0]),
+        unit=unit,
+        cluster_pictures=[
+            picture(audit_plots.cluster_rows(drawn[first : first + step], found["axes"], unit))
+            for first in range(0, len(drawn), step)
+        ],
+    )
+    clusters = [{key: value for key, value in of.items() if key != "examples"} for of in found["clusters"]]
+    content = {"title": title, **found, "clusters": clusters, "facts": dict(facts)}
+    write_text(path.with_suffix(".json"), to_text(content))
 
 
 def _comparable(runs: Mapping[str, Evaluation] | None) -> dict[str, Evaluation]:
@@ -191,7 +262,7 @@ def _comparable(runs: Mapping[str, Evaluation] | None) -> dict[str, Evaluation]:
     return runs
 
 
-def _grouped(facts: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def grouped(facts: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Facts under headings; those without one come first."""
     grouped: dict[str, dict[str, Any]] = {}
     for name, value in (facts or {}).items():
@@ -252,6 +323,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):

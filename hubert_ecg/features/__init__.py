@@ -1,6 +1,7 @@
-"""Features of tokens, which k-means turns into the pseudo-labels of the first iteration.
+"""Features of tokens, which k-means turns into pseudo-labels.
 
-A feature type is a file here and a line in :data:`FEATURE_TYPES`.
+A feature type of the signal is a file here and a line in :data:`FEATURE_TYPES`. "latent" is the one that needs a model:
+:class:`Latent`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 
 from hubert_ecg import ops
 from hubert_ecg.features import mfcc, mixed, time_freq
-from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry
+from hubert_ecg.features.latent import Latent, default_layer
+from hubert_ecg.features.tokens import Frames, TokenGeometry, cut_frames, frame_plan, token_geometry, token_places
 from hubert_ecg.ops._op import takes_arrays
 from hubert_ecg.signal import LEADS
 
@@ -29,7 +31,20 @@ ASSIGN: dict[str, Callable[..., Any]] = {
     "mixed": ops.mixed_assign,
 }
 
-__all__ = ["ASSIGN", "FEATURE_TYPES", "Frames", "TokenGeometry", "extract", "num_features", "token_geometry"]
+__all__ = [
+    "ASSIGN",
+    "FEATURE_TYPES",
+    "Frames",
+    "Latent",
+    "TokenGeometry",
+    "cut_frames",
+    "default_layer",
+    "extract",
+    "frame_plan",
+    "num_features",
+    "token_geometry",
+    "token_places",
+]
 
 
 @takes_arrays("ecg")
@@ -59,6 +74,8 @@ def extract(ecg: Any, feature_type: str, compat: str = "corrected", sample_rate_
     >>> extract(torch.zeros(12, 500), "mixed").shape
     torch.Size([93, 29])
     """
+    if feature_type == "latent":
+        raise ValueError("extract: latent features are of a model; use features.Latent(model, layer)")
     if feature_type not in FEATURE_TYPES:
         raise ValueError(f"extract: feature_type must be one of {sorted(FEATURE_TYPES)}, got {feature_type!r}")
     plan = frame_plan("extract", ecg, compat, sample_rate_hz)

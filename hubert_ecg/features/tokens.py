@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from hubert_ecg.ops._frames import FramePlan, TokenGeometry, frame_plan, token_geometry
+from hubert_ecg.ops._frames import FramePlan, TokenGeometry, frame_plan, token_geometry, token_places
 
-__all__ = ["FramePlan", "Frames", "TokenGeometry", "cut_frames", "frame_plan", "token_geometry"]
+__all__ = ["FramePlan", "Frames", "TokenGeometry", "cut_frames", "frame_plan", "token_geometry", "token_places"]
 
 
 class Frames(NamedTuple):

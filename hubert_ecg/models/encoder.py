@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hubert_ecg.config import Compat
 from hubert_ecg.features.tokens import token_geometry
+from hubert_ecg.models.tensor_ranks import TensorRanks, dropout_seed, entering, local, summed
 from hubert_ecg.ops import (
     add_norm,
     bias_gelu,
@@ -460,11 +461,14 @@ class PositionalConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; with ``tensor_ranks``, each of several processes has some of the heads."""
+
+    tensor_ranks: TensorRanks | None = None
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
         self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -483,14 +487,23 @@ class Attention(nn.Module):
             ``[B, N, H]`` or ``[B, M, H]``.
         """
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        weight = torch.cat([local(part.weight) for part in parts])
+        bias = torch.cat([local(part.bias) for part in parts])
+        qkv = F.linear(entering(x, self.tensor_ranks), weight, bias).unflatten(-1, (3, -1, self.head_size))
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout).flatten(-2))
+        seed = dropout_seed(dropout, x.device, self.tensor_ranks)
+        y = masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout, seed=seed)
+        return summed(y.flatten(-2), self.out_proj, self.tensor_ranks)
+
+    def split(self, ranks: TensorRanks) -> None:
+        """Keep the heads of this process."""
+        ranks.split(self, ("q_proj", "k_proj", "v_proj"), "out_proj")
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU between them; with ``tensor_ranks``, each process has a part of what is between."""
+
+    tensor_ranks: TensorRanks | None = None
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
@@ -500,9 +513,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, H]`` to ``[B, N, H]``."""
-        first = self.intermediate_dense
-        x = bias_gelu(F.linear(x, first.weight), first.bias, self.dropout if self.training else 0.0)
-        return self.output_dense(x)
+        first, dropout = self.intermediate_dense, self.dropout if self.training else 0.0
+        seed = dropout_seed(dropout, x.device, self.tensor_ranks)
+        x = F.linear(entering(x, self.tensor_ranks), local(first.weight))
+        return summed(bias_gelu(x, local(first.bias), dropout, seed), self.output_dense, self.tensor_ranks)
+
+    def split(self, ranks: TensorRanks) -> None:
+        """Keep the part of this process."""
+        ranks.split(self, ("intermediate_dense",), "output_dense")
 
 
 class EncoderLayer(nn.Module):
@@ -535,12 +553,18 @@ class Encoder(nn.Module):
     """Positional convolution and transformer layers.
 
     Set ``gradient_checkpointing`` to recompute layers in the backward pass instead of keeping their activations.
+
+    Attributes:
+        layerdrop_seed: What LayerDrop draws from, the same on all ranks; None draws from torch's CPU generator.
+        kept: Which layers ran in the last training pass.
     """
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
         self.layerdrop = config.layerdrop
+        self.layerdrop_seed: int | None = None
         self.gradient_checkpointing = False
+        self.kept: Sequence[bool] = [True] * config.num_hidden_layers
         self.pos_conv_embed = PositionalConv(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -582,10 +606,19 @@ class Encoder(nn.Module):
         return x, tuple(states) if output_hidden_states else None
 
     def _draw_layers(self) -> Sequence[bool]:
-        """Which layers run: LayerDrop, drawn on the host from torch's CPU generator, so no device waits for it."""
+        """Which layers run: LayerDrop, drawn on the host, so that no device waits for it."""
         if not self.training or self.layerdrop == 0:
             return [True] * len(self.layers)
-        return (torch.rand(len(self.layers), device="cpu") >= self.layerdrop).tolist()
+        seed = self.layerdrop_seed
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.kept = (torch.rand(len(self.layers), generator=generator, device="cpu") >= self.layerdrop).tolist()
+        return self.kept
+
+    def dropped_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the layers that did not run in the last training pass."""
+        for layer, kept in zip(self.layers, self.kept, strict=True):
+            if not kept:
+                yield from layer.parameters()
 
     def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:

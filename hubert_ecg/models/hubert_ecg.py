@@ -25,6 +25,8 @@ from hubert_ecg.models.pretrained import Pretrained
 from hubert_ecg.ops import IGNORED, codebook_loss
 
 TEMPERATURE = 0.1
+# Numbers of logits that are held at a time where all that is asked for is the largest.
+_MAX_LOGITS = 1 << 23
 
 
 def codebook_logits(x: Tensor, codebook: Tensor) -> Tensor:
@@ -181,6 +183,22 @@ class HubertECGForPretraining(Backbone):
             nn.Embedding(size, config.classifier_proj_size).to(like) for size in config.vocab_sizes
         )
         self.label_embedding.apply(self._initialise)
+
+    def likeliest(self, x: Tensor) -> Tensor:
+        """The likeliest cluster of each token, without keeping the logits of all.
+
+        Args:
+            x: ``[B, N, H]``, the last hidden state.
+
+        Returns:
+            ``[E, B, N] int64``, for each codebook.
+        """
+        found = []
+        for project, codebook in zip(self.final_proj, self.label_embedding, strict=True):
+            entries = cast(nn.Embedding, codebook).weight
+            parts = x.flatten(0, 1).split(max(1, _MAX_LOGITS // len(entries)))
+            found.append(torch.cat([codebook_logits(project(part), entries).argmax(-1) for part in parts]))
+        return torch.stack(found).unflatten(1, x.shape[:2])
 
     def forward(
         self,

@@ -78,7 +78,8 @@ def check(op: str, dropout_p: float, seed: Tensor | int | None, device: torch.de
             number = (operator.index(seed) + 2**63) % 2**64 - 2**63
         except TypeError:
             raise ValueError(f"{want}, got {seed!r}") from None
-        seed = torch.tensor(number, dtype=torch.int64, device=device)
+        # Not torch.tensor: copied to a GPU, the number would make the host wait.
+        seed = torch.full((), number, dtype=torch.int64, device=device)
     if dropout_p == 0:
         return None
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if seed is None else seed

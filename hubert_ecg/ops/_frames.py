@@ -68,6 +68,15 @@ class FramePlan(NamedTuple):
             return ecg[..., head : last - tail].flatten(1)
         return torch.cat([ecg[:, lead, head : last - tail] for lead, (head, tail) in enumerate(self.trims)], -1)
 
+    def places(self, num_samples: int) -> torch.Tensor:
+        """Lead and sample in which the middle of each frame lies, of leads of ``num_samples``: ``[N, 2] int64``."""
+        trims = torch.tensor(self.trims or [(0, 0)] * NUM_LEADS)
+        lengths = num_samples - trims.sum(1)
+        ends = lengths.cumsum(0)
+        middle = self.start + self.frame_length // 2 + self.frame_length * torch.arange(self.num_frames)
+        lead = torch.searchsorted(ends, middle, right=True)
+        return torch.stack([lead, middle - (ends - lengths)[lead] + trims[lead, 0]], 1)
+
 
 def _geometry(frame_length: int, kernels: tuple[int, ...], strides: tuple[int, ...]) -> TokenGeometry:
     stride = receptive_field = 1
@@ -104,6 +113,26 @@ def token_geometry(sample_rate_hz: float, op: str = "token_geometry") -> TokenGe
             "downsampling_factor 10, 5 or 1 brings 500 Hz there"
         )
     return _GEOMETRIES[int(sample_rate_hz)]
+
+
+def token_places(num_samples: int, sample_rate_hz: float) -> torch.Tensor:
+    """Where the middle of each token lies: its lead, and the sample in it.
+
+    Args:
+        num_samples: samples T of each of the 12 leads.
+        sample_rate_hz: 100, 50 or 500.
+
+    Returns:
+        ``[N, 2] int64``.
+
+    Raises:
+        ValueError: there is no token, or no model at this rate.
+
+    >>> token_places(500, 100)[6:9].tolist()
+    [[0, 425], [0, 489], [1, 53]]
+    """
+    leads = torch.empty(NUM_LEADS, num_samples, device="meta")
+    return frame_plan("token_places", leads, "corrected", sample_rate_hz).places(num_samples)
 
 
 def frame_plan(op: str, ecg: torch.Tensor | None, compat: str, sample_rate_hz: float) -> FramePlan:

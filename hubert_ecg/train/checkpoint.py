@@ -7,7 +7,6 @@ the path of their keys (``model/encoder.layers.0...``), all else into its metada
 from __future__ import annotations
 
 import json
-import random
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from hubert_ecg.config import UserError
 from hubert_ecg.files import replacing
 
 _KEY = "hubert_ecg_checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -34,7 +33,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         state: Nested dicts and lists of tensors (any device), NumPy arrays and JSON values.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _pack(state, "", tensors)
+    skeleton = pack(state, "", tensors)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     header = {"version": _VERSION, "crc32": _crc32(tensors), "state": skeleton}
     with replacing(Path(path)) as temporary:
         save_file(_separate(tensors), temporary, metadata={_KEY: json.dumps(header)})
@@ -62,36 +62,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint: {path} must have format version {_VERSION}, got {header['version']}")
     if header["crc32"] != _crc32(tensors):
         raise UserError(f"checkpoint: {path} is damaged (checksum differs); delete it, or start without --resume")
-    return _unpack(header["state"], tensors)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of every global random generator that a step may draw from."""
-    version, numbers, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
-        "numpy": {
-            "algorithm": algorithm,
-            "keys": np.asarray(keys, dtype=np.int64),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-    }
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back. A state saved on another kind of device restores what the two have in common."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
-    keys = numpy["keys"].astype(np.uint32)
-    np.random.set_state((numpy["algorithm"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    return unpack(header["state"], tensors)
 
 
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: frozenset[str], path: Path) -> None:
@@ -108,17 +79,18 @@ def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], may_differ: f
             )
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON values, and its tensors and arrays under the path of their keys."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value.detach()
         return {"$tensor": path}
     if isinstance(value, np.ndarray):
         tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
     if isinstance(value, Mapping):
-        return {str(key): _pack(item, f"{path}/{key}".lstrip("/"), tensors) for key, item in value.items()}
+        return {str(key): pack(item, f"{path}/{key}".lstrip("/"), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
+        return [pack(item, f"{path}/{i}".lstrip("/"), tensors) for i, item in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     return value
@@ -135,15 +107,16 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state of what :func:`pack` gave."""
     if isinstance(value, dict):
         if value.keys() == {"$tensor"}:
             return tensors[value["$tensor"]]
         if value.keys() == {"$array"}:
             return tensors[value["$array"]].numpy()
-        return {key: _unpack(item, tensors) for key, item in value.items()}
+        return {key: unpack(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
+        return [unpack(item, tensors) for item in value]
     return value
 
 

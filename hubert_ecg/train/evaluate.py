@@ -15,6 +15,7 @@ from rich.console import Console
 from hubert_ecg import __version__, data, evaluation
 from hubert_ecg.config import EvaluateConfig, UserError, to_json
 from hubert_ecg.models import HubertECGForClassification
+from hubert_ecg.train import distributed
 from hubert_ecg.train.logs import say
 from hubert_ecg.train.predict import predict
 from hubert_ecg.train.records import open_records
@@ -50,10 +51,19 @@ class Assessment:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Run the evaluate command: a table, and ``report.html``, ``report.json`` and predictions in the output folder.
 
+    Under torchrun, each process scores a share of the records, and the first one writes.
+
     Raises:
         UserError: the model or the data cannot be read, or do not fit together.
     """
-    found = assess(config)
+    with distributed.ranks(config.device) as (_, rank, _):
+        found = assess(config)
+        if rank == 0:
+            _write(config, found)
+    return found.result
+
+
+def _write(config: EvaluateConfig, found: Assessment) -> None:
     base = Path(config.model_path).expanduser()
     base = base if base.is_dir() else base.with_suffix("")
     folder = Path(config.output_dir) if config.output_dir else base / config.test_split
@@ -75,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         },
         "skipped": found.store.skipped,
     }
-    ids = found.store.index["record_id"].to_numpy()[found.records]
+    ids = found.store.column("record_id")[found.records]
     predictions = folder / f"predictions.{config.predictions_format}"
     evaluation.write_predictions(predictions, ids, found.label_names, found.scores, found.targets)
     evaluation.write_json(folder / "report.json", **page)
@@ -90,7 +100,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     Console().print(found.result.table(title))
     say(f"evaluate: report.html, report.json and {predictions.name} in {folder}")
-    return found.result
 
 
 def assess(config: EvaluateConfig) -> Assessment:
@@ -104,7 +113,8 @@ def assess(config: EvaluateConfig) -> Assessment:
     shape = model.config
     if config.threshold is not None and shape.problem != "multilabel":
         raise UserError(f"evaluate: threshold is for multilabel models, got {config.threshold:g} for {shape.problem}")
-    store = open_records(config, round(500 / shape.sampling_rate_hz), shape.compat)
+    with distributed.rank_0_first():
+        store = open_records(config, round(500 / shape.sampling_rate_hz), shape.compat)
     records, targets = labelled_records(store, model, config)
     scores = predict(
         model,
@@ -116,7 +126,7 @@ def assess(config: EvaluateConfig) -> Assessment:
         device=config.device,
         num_workers=config.num_workers,
     )
-    patients = store.index["patient_id"].to_numpy()[records]
+    patients = store.column("patient_id")[records]
     result = evaluation.evaluate(
         targets,
         scores,

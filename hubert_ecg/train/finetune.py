@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from hubert_ecg import data, evaluation
 from hubert_ecg.config import FinetuneConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, save_file
 from hubert_ecg.models.pretrained import locate, read_weights
-from hubert_ecg.train import machine
+from hubert_ecg.train import distributed, machine, parallel
 from hubert_ecg.train.augment import Augment, augmentations
 from hubert_ecg.train.logs import check_wandb, say
-from hubert_ecg.train.loop import Loop, Objective
+from hubert_ecg.train.loop import Loop
+from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.predict import even_loader, scan
 from hubert_ecg.train.records import (
     data_key,
@@ -43,6 +44,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     preprocessing settings) and the folder ``<dataset>_<task>`` with the same for ``from_pretrained``, ``last/``,
     ``checkpoint.safetensors``, ``metrics.csv``, ``settings.json`` and TensorBoard events.
 
+    Under torchrun, batches are ``batch_size`` records on each rank, and rank 0 writes the files.
+
     Returns:
         ``model`` (the .pt file), ``folder``, ``metrics_csv``, ``step``, ``finished``, ``best_step`` and ``metrics`` of
         the best validation.
@@ -54,12 +57,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     check_wandb(config.wandb)
     augmentations(config.augment)
     data.check_task(config.dataset, config.data_path, config.task)
-    device = machine.device(config.device)
+    with distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
+        parallel.check(config)
+        return _finetune(config, device)
+
+
+def _finetune(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
     dtype = machine.dtype(config.precision, device)
     name = f"{config.dataset}_{config.task}"
     pretrained = input_settings(config)
 
-    store = open_records(config, **pretrained)
+    with distributed.rank_0_first():
+        store = open_records(config, **pretrained)
     records = TaskRecords(store, config)
     for line in records.news:
         say(f"finetune: {line}")
@@ -67,8 +76,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = build_model(config, records, pretrained).to(device)
     objective = Classification(config, model, records, device)
-    loader = random_crops(store, records.train, config, shuffle=True)
-    ids = store.index["record_id"].to_numpy()
+    part, num_parts = distributed.data_rank(), distributed.num_data_ranks()
+    loader = random_crops(store, records.train, config, shuffle=True, rank=part, num_ranks=num_parts, device=device)
     loop = Loop(
         config,
         objective,
@@ -76,7 +85,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         folder=Path(config.output_dir) / name,
         device=device,
         dtype=dtype,
-        record_names=lambda index: ids[index],
+        record_names=lambda index: store.column("record_id")[index],
         data_key=data_key(store, records.train, records.validation),
         betas=(0.9, 0.98),
         title=f"finetune {name}",
@@ -271,13 +280,17 @@ class Classification(Objective):
             self.metrics, self.monitor, self.higher_is_better = ("rmse", "r2"), "rmse", False
         else:
             if config.class_weights:
-                self.weight = torch.from_numpy(positive_weights(train)).to(device)
+                weight = positive_weights(train)
+                self.weight = torch.from_numpy(weight).to(device)
+                # A mean over classes of different weight is one over the weights.
+                self.record_weight = weight[targets.argmax(1)].astype(np.float64)
             self.metrics = ("auroc", "auprc")
             self.monitor, self.higher_is_better = ("auroc", True) if records.has_auroc else ("loss", False)
         standardised = np.nan_to_num((targets - self.mean) / self.scale).astype(np.float32)
         self.targets = torch.from_numpy(standardised).to(device)
+        self.share = distributed.Share(records.validation, config.batch_size)
         self.validation = even_loader(
-            records.store, records.validation, config.batch_size, config.num_crops, config.crop_s, config.num_workers
+            records.store, self.share.indices, config.batch_size, config.num_crops, config.crop_s, config.num_workers
         )
         rate_hz = records.store.sampling_rate_hz
         self.augment = None if config.augment is None else Augment(config.augment, config.seed, rate_hz)
@@ -288,8 +301,13 @@ class Classification(Objective):
         for module in self.frozen:
             module.eval()
 
+    def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float]:
+        if self.records.problem != "multiclass" or self.weight is None:
+            return (len(batch.index),)
+        return (float(self.record_weight[batch.index].sum()),)
+
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = self.targets[batch.index.to(self.device)]
+        targets = self.targets[batch.index.to(self.device, non_blocking=True)]
         batch = dataclasses.replace(batch, ecg=batch.ecg.to(self.device, non_blocking=True))
         if self.augment is not None:
             batch = self.augment(batch, step)
@@ -303,7 +321,7 @@ class Classification(Objective):
 
     def validate(self, poll: Callable[[], None]) -> dict[str, float]:
         scores, loss = scan(
-            self.model, self.validation, self.device, targets=self.targets, weight=self.weight, poll=poll
+            self.model, self.validation, self.device, self.share, targets=self.targets, weight=self.weight, poll=poll
         )
         scores = scores * self.scale + self.mean
         self._last_scores = scores
@@ -342,7 +360,8 @@ class Classification(Objective):
         last = head[-1] if isinstance(head, nn.Sequential) else head
         assert isinstance(last, nn.Linear)
         before = {name: value.clone() for name, value in last.state_dict().items()}
-        scale, mean = (torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in (self.scale, self.mean))
+        device = last.weight.device
+        scale, mean = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (self.scale, self.mean))
         with torch.no_grad():
             last.weight *= scale[:, None]
             last.bias.mul_(scale).add_(mean)

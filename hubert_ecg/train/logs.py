@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hubert_ecg.config import UserError
 from hubert_ecg.files import replacing
+from hubert_ecg.train import distributed
 
 # Where standard output is no terminal, training rows are printed at most this often; validation rows always.
 _SECONDS_BETWEEN_LINES = 5.0
@@ -167,9 +168,26 @@ class Logs:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+class NoLogs:
+    """What ranks other than 0 log to."""
+
+    def say(self, line: str) -> None:
+        """Say nothing."""
+
+    def advance(self, step: int) -> None:
+        """Show nothing."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Keep nothing."""
+
+    def flush(self) -> None:
+        """Write nothing."""
+
+
 def say(line: str, console: Console | None = None) -> None:
-    """Print one line as it is."""
-    (console or Console(soft_wrap=True)).print(line, markup=False, highlight=False)
+    """Print one line as it is; of several ranks, rank 0 alone does."""
+    if distributed.rank() == 0:
+        (console or Console(soft_wrap=True)).print(line, markup=False, highlight=False)
 
 
 def check_wandb(wanted: bool) -> None:

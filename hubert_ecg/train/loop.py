@@ -7,7 +7,6 @@ same weights, bit for bit (on a CPU in float32).
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import itertools
@@ -16,10 +15,10 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,84 +27,47 @@ from torch import Tensor, nn
 from hubert_ecg import __version__
 from hubert_ecg.config import FinetuneConfig, PretrainConfig, RunError, UserError, to_json
 from hubert_ecg.files import write_json
-from hubert_ecg.train import checkpoint
-from hubert_ecg.train.logs import Logs, say
+from hubert_ecg.models.encoder import Encoder
+from hubert_ecg.models.hubert_ecg import Backbone
+from hubert_ecg.train import checkpoint, distributed, sharded_checkpoint, throughput
+from hubert_ecg.train.logs import Logs, NoLogs, say
 from hubert_ecg.train.machine import autocast
-from hubert_ecg.train.schedule import WarmupLinear
+from hubert_ecg.train.objective import Batches, Objective
+from hubert_ecg.train.parallel import Parallel, layout
+from hubert_ecg.train.regularisation import DynamicRegularisation
+from hubert_ecg.train.schedule import DROPOUT, LAYERDROP, WarmupLinear, seed_of
 
 # Settings that a resumed run may change: they alter neither what is computed nor in which order.
-_MAY_DIFFER = frozenset(
+MAY_DIFFER = frozenset(
     {
+        "activation_checkpointing",
+        # What counts is the batch of all ranks together.
+        "batch_size",
+        "parallel",
+        "tensor_ranks",
         "cache_dir",
         "checkpoint_every",
         "data_path",
         "device",
+        "keep_features",
         "log_every",
         "num_workers",
         "output_dir",
         "resume",
+        # Whose weights count, wherever they lie.
+        "start_from",
+        "teacher",
         "wandb",
     }
 )
 _COLUMNS = ("step", "epoch", "split", "loss")
-_RATES = ("lr", "grad_norm", "records_per_s")
+_RATES = ("lr", "grad_norm", *throughput.COLUMNS)
+# Later than any step: no loss was bad so far.
+_NEVER = 2**62
 
 
 class Interrupted(SystemExit):
     """The run was asked to stop, and did so after writing a checkpoint. Ends the process with 128 + signal number."""
-
-
-class Batches(Protocol):
-    """A source of micro-batches whose order depends on (seed, epoch) alone; `data.Loader` is one."""
-
-    @property
-    def num_batches(self) -> int: ...
-
-    def batches(self, epoch: int, start: int = 0) -> Generator[Any, None, None]: ...
-
-
-class Objective(abc.ABC):
-    """What a run optimises and watches.
-
-    Attributes:
-        model: The model; what requires a gradient at the start is trained.
-        metrics: Columns of the log beside the loss.
-        monitor: The validation metric that chooses the best model and stops early.
-        higher_is_better: Direction of `monitor`.
-    """
-
-    model: nn.Module
-    metrics: tuple[str, ...] = ()
-    monitor: str = "loss"
-    higher_is_better: bool = False
-
-    def train_mode(self) -> None:
-        """Put the model into training mode."""
-        self.model.train()
-
-    @abc.abstractmethod
-    def loss(self, batch: Any, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a micro-batch over its records, and further scalars to log. Runs under autocast."""
-
-    @abc.abstractmethod
-    def validate(self, poll: Callable[[], None]) -> dict[str, float]:
-        """Metrics on the validation records, `monitor` among them; must not touch a global random generator.
-
-        Args:
-            poll: To be called between batches; raises when the run shall stop.
-        """
-
-    @abc.abstractmethod
-    def save_best(self) -> None:
-        """Keep the model as it is now: its last validation was the best so far."""
-
-    @abc.abstractmethod
-    def save_last(self) -> None:
-        """Keep the model as it is at the end of the run."""
-
-    def state(self) -> dict[str, Any]:
-        """What else belongs in the checkpoint."""
-        return {}
 
 
 @dataclasses.dataclass
@@ -127,8 +89,8 @@ class Loop:
     Args:
         config: Settings of the run.
         objective: What to optimise.
-        batches: Training micro-batches, each with an `index [B]` of its records.
-        folder: Where checkpoint.safetensors and the logs go.
+        batches: Training micro-batches, each with an `index [B]` of its records; those of this rank.
+        folder: Where checkpoint.safetensors (of a sharded model: checkpoint/) and the logs go.
         device: Where the model is.
         dtype: What autocast runs in.
         record_names: Names of the records with these indices, for messages; default: the indices.
@@ -161,7 +123,6 @@ class Loop:
         self.objective = objective
         self.batches = batches
         self.folder = folder
-        self.checkpoint_path = folder / "checkpoint.safetensors"
         self.device = device
         self.dtype = dtype
         self.record_names = record_names or (lambda index: index.tolist())
@@ -173,18 +134,30 @@ class Loop:
         steps = config.num_epochs * self.steps_per_epoch
         self.total_steps = steps if config.max_steps is None else min(steps, config.max_steps)
         self.schedule = WarmupLinear(config.learning_rate, self.total_steps, config.warmup)
+        self.parallel = Parallel(config, objective, device, dtype)
+        self.checkpoint_path = folder / ("checkpoint" if self.parallel.sharded else "checkpoint.safetensors")
         self.parameters = {n: p for n, p in objective.model.named_parameters() if p.requires_grad}
-        self.optimiser = adamw(self.parameters, config.weight_decay, betas, eps, fused=device.type == "cuda")
+        self.optimiser = adamw(self.parameters, config.weight_decay, betas, eps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.regularisation = None
+        if config.dynamic_regularisation:
+            self.regularisation = DynamicRegularisation(objective.model, self.optimiser, config.patience)
+        self.encoders = [module for module in objective.model.modules() if isinstance(module, Encoder)]
+        for encoder in self.encoders:
+            encoder.gradient_checkpointing = config.activation_checkpointing
+        for module in objective.model.modules():
+            if config.compile and isinstance(module, Backbone):
+                module.compile_layers()
+        self.rank, self.num_ranks = distributed.rank(), distributed.num_ranks()
+        self.gradients = self.parallel.gradient_sum(self.parameters.values())
         self.progress = Progress()
-        self._bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        self._sums: dict[str, Tensor] = {}
-        self._num_summed = 0
-        self._num_records = 0
-        self._since = 0.0
+        self.interval = throughput.Interval(device, dtype)
+        self._flops_per_record: int | None = None
+        self._bad_step = torch.full((), _NEVER, dtype=torch.int64, device=device)
         # Records of the steps whose losses have not been looked at yet.
         self._unseen: list[tuple[int, np.ndarray]] = []
         self._stop_signal = 0
+        self._votes = distributed.Votes()
 
     def run(self) -> Progress:
         """Train to the end, or to the signal that stops it.
@@ -194,24 +167,34 @@ class Loop:
             RunError: If a loss or gradient is not finite, with the records of its batch.
             UserError: If the run cannot be resumed as asked.
         """
+        try:
+            return self._run()
+        except distributed.RankLostError as error:
+            saved = sharded_checkpoint.find(self.folder)
+            kept = f"continue with --resume from {saved}" if saved else "there is no checkpoint yet"
+            step = f"{self.progress.step}/{self.total_steps}"
+            raise RunError(f"{self.title}: after step {step}, {error}; {kept}") from error
+
+    def _run(self) -> Progress:
         resumed, news = self._resume()
         if self.progress.finished:
             say(news)
             return self.progress
-        self._write_settings()
-        columns = (*_COLUMNS, *self.objective.metrics, *_RATES)
-        wandb = to_json(self.config) if self.config.wandb else None
-        last_step = self.progress.step if resumed else None
-        with (
-            Logs(
-                self.folder, columns, self.total_steps, last_step=last_step, title=self.title, wandb=wandb
-            ) as self.logs,
-            self._signals(),
-        ):
+        with contextlib.ExitStack() as stack:
+            self.logs: Logs | NoLogs = NoLogs()
+            if self.rank == 0:
+                self._write_settings()
+                columns = (*_COLUMNS, *self.objective.metrics, *_RATES)
+                wandb = to_json(self.config) if self.config.wandb else None
+                last_step = self.progress.step if resumed else None
+                logs = Logs(self.folder, columns, self.total_steps, last_step=last_step, title=self.title, wandb=wandb)
+                self.logs = stack.enter_context(logs)
+            stack.enter_context(self._signals())
             if news:
                 self.logs.say(news)
             try:
                 self._train()
+                self._votes.read()
             except _StopAskedError:
                 self._save()
                 name = signal.Signals(self._stop_signal).name
@@ -219,12 +202,14 @@ class Loop:
                     f"{self.title}: stopped by {name} after step {self.progress.step}/{self.total_steps}; "
                     f"continue with --resume from {self.checkpoint_path}"
                 )
+                # The end of one rank is the end of all: not before rank 0 has written.
+                distributed.agreed(None)
                 raise Interrupted(128 + self._stop_signal) from None
         return self.progress
 
     def _train(self) -> None:
         self.objective.train_mode()
-        self._since = time.monotonic()
+        self.interval.start()
         # Stopped between a step and its validation: what was left to do after it comes first.
         if self._validate_if_due():
             self._keep(validated=True)
@@ -232,43 +217,90 @@ class Loop:
             epoch, steps_done = divmod(self.progress.step, self.steps_per_epoch)
             source = self.batches.batches(epoch, start=steps_done * self.config.accumulate_steps)
             with contextlib.closing(_groups(source, self.config.accumulate_steps)) as groups:
-                for group in groups:
+                for group in self._awaited(groups):
                     self._step(group)
                     self._after_step()
                     if self.progress.finished:
                         return
+
+    def _awaited(self, groups: Iterable[list[Any]]) -> Iterator[list[Any]]:
+        """The groups, with a watch on how long each let the loop wait."""
+        groups, began = iter(groups), time.monotonic()
+        for group in groups:
+            self.interval.waited += time.monotonic() - began
+            yield group
+            began = time.monotonic()
 
     def _step(self, group: Sequence[Any]) -> None:
         step = self.progress.step
         lr = self.schedule(step)
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = lr
-        records = np.concatenate([np.asarray(batch.index) for batch in group])
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.optimiser.zero_grad(set_to_none=True)
-        for micro, batch in enumerate(group):
+        for micro, (batch, share) in enumerate(zip(group, self._shares(group), strict=True)):
+            self._seed(step, micro)
             with autocast(self.device, self.dtype):
                 loss, metrics = self.objective.loss(batch, step, micro)
-            # By records, so that the sum is the mean of one big batch even where the last micro-batch is small.
-            share = len(batch.index) / len(records)
-            self.scaler.scale(loss * share).backward()
+            if len(batch.index) == 0:
+                # Means over nothing; this rank still takes its part in the collectives of the backward pass.
+                loss, metrics = loss.nan_to_num(), {name: value.nan_to_num() for name, value in metrics.items()}
+            loss = (loss * share).sum()
+            self.interval.add({"loss": loss})
+            # Tensor ranks count a micro-batch once each, and their gradients are those of one.
+            loss = loss * self.config.tensor_ranks
+            last = micro + 1 == len(group)
+            with self.gradients.last_backward(self._dropped()) if last else contextlib.nullcontext():
+                self.scaler.scale(loss).backward()
             finite &= loss.detach().isfinite()
-            self._add({"loss": loss, **metrics}, share)
+            self.interval.add(metrics, share[0])
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm or math.inf)
+        norm = self.parallel.clip(self.parameters.values(), self.config.clip_norm)
         if not self.scaler.is_enabled():
-            # The scaler skips a step whose gradient overflows, and mends the cause; without one, nothing would.
+            # The scaler skips a step whose gradient overflows, and mends the cause. Without one nothing would mend it:
+            # the step is skipped on the device, and the run ends as soon as the host looks.
             finite &= norm.isfinite()
-        self._add({"grad_norm": norm}, 1.0)
+            self.optimiser.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.interval.add({"grad_norm": norm}, 1 / self.num_ranks)
+        records = np.concatenate([np.asarray(batch.index) for batch in group])
         self._unseen.append((step + 1, records))
-        self._bad_step = torch.where(finite | (self._bad_step > 0), self._bad_step, step + 1)
-        if self.device.type == "cpu":
-            self._check_finite()
+        self._bad_step = torch.where(finite, self._bad_step, self._bad_step.clamp_max(step + 1))
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.progress.step = step + 1
-        self._num_summed += 1
-        self._num_records += len(records)
+        self.interval.num_steps += 1
+        self.interval.num_records += len(records) / self.config.tensor_ranks
+        if self._flops_per_record is None and hasattr(group[0], "ecg"):
+            num_samples = group[0].ecg.shape[1:].numel()
+            self._flops_per_record = throughput.training_flops(self.objective.model, num_samples)
+
+    def _shares(self, group: Sequence[Any]) -> Tensor:
+        """What each part of the loss of each micro-batch counts in the step: ``[micro-batches, P]``, P or 1 columns.
+
+        The step's loss is then the mean over all its terms, however they are spread over micro-batches and ranks.
+        """
+        if len(group) == self.num_ranks == 1:
+            return torch.ones(1, 1, device=self.device)
+        counts = []
+        for micro, batch in enumerate(group):
+            found = torch.as_tensor(self.objective.counts(batch, self.progress.step, micro))
+            counts.append(found.to(self.device, torch.float32, non_blocking=True))
+        mine = torch.stack(counts)
+        # Divided on the device, so that the host need not wait for what the others have.
+        total = distributed.add_up(mine.sum(0))
+        return mine / torch.where(total > 0, total, 1)
+
+    def _seed(self, step: int, micro: int) -> None:
+        """Random numbers follow from the place of a micro-batch in the run: dropout's on each rank, LayerDrop's on all.
+
+        Nothing about them needs to be saved, whatever the number of ranks that go on.
+        """
+        torch.manual_seed(seed_of(self.config.seed, DROPOUT, step, micro, distributed.data_rank()))
+        for encoder in self.encoders:
+            encoder.layerdrop_seed = seed_of(self.config.seed, LAYERDROP, step, micro)
+
+    def _dropped(self) -> Iterator[nn.Parameter]:
+        return itertools.chain.from_iterable(encoder.dropped_parameters() for encoder in self.encoders)
 
     def _after_step(self) -> None:
         """Log, validate, write a checkpoint, stop: in this order, so that a checkpoint has all rows up to its step."""
@@ -278,7 +310,6 @@ class Loop:
         self.logs.advance(step)
         self._poll()
         self._keep(validated=self._validate_if_due())
-        self._poll()
 
     def _keep(self, validated: bool) -> None:
         """Write what is due after a step and its validation."""
@@ -286,7 +317,9 @@ class Loop:
         if step == self.total_steps:
             progress.finished = progress.finished or "all steps are taken"
         if progress.finished:
-            self.objective.save_last()
+            with self.parallel.portable():
+                if self.rank == 0:
+                    self.objective.save_last()
         if validated or progress.finished or step % self.config.checkpoint_every == 0:
             self._save()
 
@@ -298,8 +331,8 @@ class Loop:
         self._check_finite()
         began = time.monotonic()
         self.objective.model.eval()
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            metrics = self.objective.validate(self._poll)
+        with torch.no_grad(), autocast(self.device, self.dtype), self.parallel.gathered():
+            metrics = distributed.agreed(self.objective.validate(self._poll))
         self.objective.train_mode()
         value, best = metrics[self.objective.monitor], progress.best
         first = progress.validated_step == 0
@@ -311,44 +344,46 @@ class Loop:
             progress.best, progress.bad_validations = value, 0
         if first or progress.bad_validations == 0:
             progress.best_step, progress.best_metrics = step, metrics
-            self.objective.save_best()
+            with self.parallel.portable():
+                if self.rank == 0:
+                    self.objective.save_best()
+        if self.regularisation is not None:
+            self.regularisation.after_validation(progress.bad_validations)
         self.logs.row({"step": step, "epoch": self._epoch(), "split": "validation", **metrics})
         if self.config.patience and progress.bad_validations >= self.config.patience:
             progress.finished = f"{progress.bad_validations} validations without a better {self.objective.monitor}"
-        self._since += time.monotonic() - began
+        self.interval.since += time.monotonic() - began
         return True
 
     def _poll(self) -> None:
-        if self._stop_signal and not self.progress.finished:
+        asked = self._votes(self._stop_signal)
+        if asked and not self.progress.finished:
+            self._stop_signal = asked
             raise _StopAskedError
 
     def _epoch(self) -> float:
         return round(self.progress.step / self.steps_per_epoch, 4)
 
-    def _add(self, values: Mapping[str, Tensor], share: float) -> None:
-        # Stays on the device: the host looks only once in log_every steps.
-        for name, value in values.items():
-            value = value.detach().float() * share
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
     def _log(self) -> None:
         self._check_finite()
-        means = (torch.stack(list(self._sums.values())) / self._num_summed).tolist()
-        step, now = self.progress.step, time.monotonic()
-        row = {"step": step, "epoch": self._epoch(), "split": "train", **dict(zip(self._sums, means, strict=True))}
-        row["lr"] = self.schedule(step - 1)
-        row["records_per_s"] = self._num_records / max(now - self._since, 1e-9)
-        self.logs.row(row)
-        self._sums = {}
-        self._num_summed = self._num_records = 0
-        self._since = now
+        step = self.progress.step
+        row = {"step": step, "epoch": self._epoch(), "split": "train", "lr": self.schedule(step - 1)}
+        self.logs.row(row | self.interval.end(self._flops_per_record or 0))
 
     def _check_finite(self) -> None:
-        bad_step = int(self._bad_step)
-        if bad_step:
-            records = next(records for step, records in self._unseen if step == bad_step)
+        """Look whether any rank met a loss that is not finite: the host waits for the device here.
+
+        Raises:
+            RunError: On rank 0, if one did; the others end silently.
+        """
+        bad_step = int(distributed.lowest(self._bad_step))
+        if bad_step < _NEVER:
+            mine = [records for step, records in self._unseen if step == bad_step]
+            records = np.concatenate([found for rank in distributed.gather_parts(mine) for found in rank])
+            if self.rank > 0:
+                raise SystemExit(1)
             names = ", ".join(str(name) for name in self.record_names(records))
-            kept = self.checkpoint_path if self.checkpoint_path.is_file() else "none yet"
+            kept = sharded_checkpoint.find(self.folder) or "none yet"
             raise RunError(
                 f"{self.title}: the loss or its gradient is not finite at step {bad_step}, on the batch of records "
                 f"{names}; look at these records, or try a lower --learning_rate or --precision float32 "
@@ -358,6 +393,9 @@ class Loop:
 
     def _save(self) -> None:
         self._check_finite()
+        interval = self.interval.state()
+        if self.rank > 0 and not self.parallel.sharded:
+            return
         self.logs.flush()
         progress = self.progress
         epoch, steps_done = divmod(progress.step, self.steps_per_epoch)
@@ -367,41 +405,68 @@ class Loop:
             "position": steps_done * self.config.accumulate_steps,
             "total_steps": self.total_steps,
             "config": to_json(self.config),
+            "num_ranks": distributed.num_data_ranks(),
             "data_key": self.data_key,
             "model": self.objective.model.state_dict(),
             "optimiser": {name: self.optimiser.state[p] for name, p in self.parameters.items()},
             "scaler": self.scaler.state_dict(),
-            "random": checkpoint.random_state(self.device),
-            "interval": {"sums": self._sums, "steps": self._num_summed},
+            "regularisation": None if self.regularisation is None else self.regularisation.state(),
+            "interval": interval,
             "objective": self.objective.state(),
         }
-        checkpoint.save(self.checkpoint_path, state)
+        sharded_checkpoint.save(self.checkpoint_path, state)
 
     def _resume(self) -> tuple[bool, str]:
         """Take up the last checkpoint if that is asked for: whether it was, and what to tell the user."""
-        path = self.checkpoint_path
-        if not path.is_file():
-            return False, f"{self.title}: no {path} to resume from; starting anew" if self.config.resume else ""
+        # Asked of one rank before it moves the file away.
+        path = distributed.agreed(sharded_checkpoint.find(self.folder))
+        if path is None:
+            missing = f"{self.title}: no {self.checkpoint_path} to resume from; starting anew"
+            return False, missing if self.config.resume else ""
         if not self.config.resume:
             # Never continued by accident later, and not lost either.
-            old = path.replace(path.with_name("checkpoint.old.safetensors"))
+            old = sharded_checkpoint.put_away(path)
             return False, f"{self.title}: starting anew; the checkpoint of an earlier run is now {old}"
-        state = checkpoint.load(path)
-        checkpoint.check_same(state["config"], to_json(self.config), _MAY_DIFFER, path)
-        if state["data_key"] != self.data_key:
-            raise UserError(f"resume: the records must be those of {path}, got others; give the same data_path")
+        state = sharded_checkpoint.load(path, self._layouts())
+        self._check_same(state, path)
         self.objective.model.load_state_dict(state["model"])
         optimiser = self.optimiser.state_dict()
         optimiser["state"] = {i: state["optimiser"][name] for i, name in enumerate(self._optimised_names())}
         self.optimiser.load_state_dict(optimiser)
         self.scaler.load_state_dict(state["scaler"])
-        self._sums = {name: value.to(self.device) for name, value in state["interval"]["sums"].items()}
-        self._num_summed = state["interval"]["steps"]
+        if self.regularisation is not None:
+            self.regularisation.load_state(state["regularisation"])
+        self.interval.load_state(state["interval"])
         progress = self.progress = Progress(**state["progress"])
-        checkpoint.set_random_state(state["random"], self.device)
         if progress.finished:
             return True, f"{self.title}: already finished at step {progress.step} ({progress.finished}); nothing to do"
         return True, f"{self.title}: resumed after step {progress.step}/{self.total_steps} from {path}"
+
+    def _layouts(self) -> dict[str, Tensor]:
+        """Tensors of the model and of the optimiser by their paths in a checkpoint, to be laid out as here."""
+        layouts = {f"model/{name}": value for name, value in self.objective.model.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            layouts |= {f"optimiser/{name}/{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
+        return layouts
+
+    def _check_same(self, state: Mapping[str, Any], path: Path) -> None:
+        """Refuse a checkpoint of other records, settings or batches.
+
+        Raises:
+            UserError: Naming what differs.
+        """
+        saved = state["config"]
+        checkpoint.check_same(saved, to_json(self.config), MAY_DIFFER, path)
+        records = saved["batch_size"] * state["num_ranks"]
+        num_ranks = distributed.num_data_ranks()
+        if records != self.config.batch_size * num_ranks:
+            raise UserError(
+                f"resume: batch_size must be {records / num_ranks:g} on {num_ranks} rank(s), as in {path} "
+                f"({saved['batch_size']} on {state['num_ranks']}), got {self.config.batch_size}; all ranks together "
+                "must read the same batches as before"
+            )
+        if state["data_key"] != self.data_key:
+            raise UserError(f"resume: the records must be those of {path}, got others; give the same data_path")
 
     def _optimised_names(self) -> list[str]:
         """Names of the parameters in the optimiser's own order."""
@@ -416,6 +481,7 @@ class Loop:
             "precision": str(self.dtype).removeprefix("torch."),
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
+            "num_ranks": self.num_ranks,
             "warmup_steps": self.schedule.warmup_steps,
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
             "versions": {"hubert_ecg": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -425,21 +491,31 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
+        """Let SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once.
+
+        Of several ranks, each may be told twice, by the terminal or SLURM and by torchrun: that changes nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._stop_signal = number
+            if self.num_ranks > 1:
+                return
             for asked, handler in before.items():
                 signal.signal(asked, handler or signal.SIG_DFL)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        after = before
         try:
             yield
+        except distributed.RankLostError:
+            # torchrun is about to end this rank, too: not before it has said why.
+            after = dict.fromkeys(before, signal.SIG_IGN)
+            raise
         finally:
-            for number, handler in before.items():
+            for number, handler in after.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
 
@@ -448,17 +524,23 @@ class _StopAskedError(Exception):
 
 
 def adamw(
-    parameters: Mapping[str, nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float, fused: bool
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels only.
+    """AdamW that decays matrices and kernels only, fused.
 
     A parameter with at most one axis longer than 1 is a bias, the scale of a norm or the embedding of the mask: pulling
     those to zero is no regularisation.
     """
-    matrices = [p for p in parameters.values() if sum(n > 1 for n in p.shape) > 1]
-    others = [p for p in parameters.values() if sum(n > 1 for n in p.shape) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused or None)
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        is_matrix = sum(n > 1 for n in parameter.shape) > 1
+        groups.setdefault((not is_matrix, layout(parameter)), []).append(parameter)
+    # Matrices first; of a sharded model, what lies on the ranks in another way is a group of its own.
+    given = [
+        {"params": group, "weight_decay": 0.0 if exempt else weight_decay}
+        for (exempt, _), group in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+    return torch.optim.AdamW(given, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def _groups(source: Generator[Any, None, None], size: int) -> Generator[list[Any], None, None]:

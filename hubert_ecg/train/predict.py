@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hubert_ecg.data import Loader
-from hubert_ecg.train import machine
+from hubert_ecg.train import distributed, machine
 from hubert_ecg.train.records import lead_lengths
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def predict(
     num_workers: int = 2,
 ) -> np.ndarray:
     """Score records: each is cut into evenly spaced crops, whose scores are averaged.
+
+    In a process group each rank scores a share of the batches, and all of them get the scores of all records.
 
     Args:
         model: The model; it is moved to the device and put into evaluation mode.
@@ -58,9 +60,10 @@ def predict(
         )
     device = machine.device(str(device))
     dtype = machine.dtype(precision, device)
-    loader = even_loader(store, indices, batch_size, num_crops, crop_s, num_workers)
+    share = distributed.Share(np.asarray(indices), batch_size)
+    loader = even_loader(store, share.indices, batch_size, num_crops, crop_s, num_workers)
     with machine.autocast(device, dtype):
-        scores, _ = scan(model.to(device).eval(), loader, device)
+        scores, _ = scan(model.to(device).eval(), loader, device, share)
     return scores
 
 
@@ -75,25 +78,26 @@ def scan(
     model: HubertECGForClassification,
     loader: Loader,
     device: torch.device,
+    share: distributed.Share,
     *,
     targets: Tensor | None = None,
     weight: Tensor | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, float]:
-    """Scores ``[N, C]`` averaged over the crops of each record, and the mean loss over all crops.
+    """Scores ``[N, C]`` averaged over the crops of each record, and the mean loss over all crops: of all ranks.
 
     Args:
         model: In evaluation mode, on the device.
         loader: Gives the crops of a record in consecutive rows of one batch.
         device: Where to compute.
+        share: The records of this rank, which the loader reads.
         targets: ``[len(store), C]`` on the device; without them the loss is NaN.
         weight: ``pos_weight`` of the loss.
-        poll: Called before each batch.
+        poll: Called between batches.
     """
     scores, losses, num_rows = [], torch.zeros((), device=device), 0
-    for batch in loader.batches(0):
-        poll()
-        wanted = None if targets is None else targets[batch.index.to(device)]
+    for batch in share.polled(loader.batches(0), poll):
+        wanted = None if targets is None else targets[batch.index.to(device, non_blocking=True)]
         output = model(
             batch.ecg.to(device, non_blocking=True), targets=wanted, lengths=lead_lengths(batch), pos_weight=weight
         )
@@ -101,6 +105,8 @@ def scan(
         if output.loss is not None:
             losses += output.loss.float() * len(batch.index)
         num_rows += len(batch.index)
-    if not scores:
-        return np.zeros((0, len(model.label_names)), dtype=np.float32), float("nan")
-    return torch.cat(scores).numpy(), float("nan") if targets is None else float(losses / num_rows)
+    mine = torch.cat(scores).numpy() if scores else np.zeros((0, len(model.label_names)), dtype=np.float32)
+    found = distributed.gather_parts((mine, float(losses), num_rows))
+    num_rows = sum(rows for _, _, rows in found)
+    loss = sum(loss for _, loss, _ in found) / num_rows if targets is not None and num_rows else float("nan")
+    return np.concatenate([scores for scores, _, _ in found]), loss

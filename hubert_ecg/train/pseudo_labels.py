@@ -2,112 +2,139 @@
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hubert_ecg import clustering, features
-from hubert_ecg.config import PretrainConfig, UserError
-from hubert_ecg.data import Loader
-from hubert_ecg.models import HubertECGConfig, token_mask
+from hubert_ecg import features, ops
+from hubert_ecg.clustering.points import unit_rows
 from hubert_ecg.train.records import lead_lengths
+from hubert_ecg.train.teacher import weights_hash
 
 if TYPE_CHECKING:
     from hubert_ecg.clustering import KMeans
-    from hubert_ecg.data import Store
+    from hubert_ecg.data import Batch, Store
 
-# Records whose features are computed at a time.
-_BATCH = 256
+
+class Featuriser:
+    """Computes the features of the tokens of a batch, on a device.
+
+    Args:
+        feature_type: mfcc, time_freq, mixed or latent.
+        compat: How features of the signal are computed.
+        sampling_rate_hz: Rate of the batches.
+        device: Where to compute.
+        teacher: Whose hidden states latent features are.
+    """
+
+    def __init__(
+        self,
+        feature_type: str,
+        compat: str,
+        sampling_rate_hz: float,
+        device: torch.device,
+        teacher: features.Latent | None = None,
+    ) -> None:
+        assert (feature_type == "latent") == (teacher is not None)
+        self.feature_type, self.device, self.teacher = feature_type, device, teacher
+        self.how = {"compat": compat, "sample_rate_hz": sampling_rate_hz}
+
+    @property
+    def width(self) -> int:
+        """Numbers in a feature vector."""
+        return features.num_features(self.feature_type) if self.teacher is None else self.teacher.width
+
+    @functools.cached_property
+    def teacher_hash(self) -> str | None:
+        """Changes when the weights of the teacher do."""
+        return None if self.teacher is None else weights_hash(self.teacher.model.state_dict())
+
+    def leads(self, batch: Batch) -> Tensor:
+        """What features of the signal are computed from, on the device."""
+        return batch.leads.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """``[B, N, D] float32``."""
+        if self.teacher is not None:
+            return self.teacher(batch.ecg.to(self.device, non_blocking=True), lead_lengths(batch))
+        # In half precision, tokens near a border would change their cluster.
+        with torch.autocast(self.device.type, enabled=False):
+            return features.extract(self.leads(batch), self.feature_type, **self.how)
 
 
 class PseudoLabels:
-    """Gives each token of a batch its cluster.
+    """Gives each token of a batch its clusters, one for each k-means model; features never leave the device.
 
     Args:
-        kmeans: The clusters; its normalisation is part of it.
-        feature_type: What was clustered.
-        compat: How features are computed.
-        sampling_rate_hz: Rate of the batches.
+        featuriser: Computes what was clustered.
+        kmeans: The k-means models of the ensemble; their normalisation is part of them.
     """
 
-    def __init__(self, kmeans: KMeans, feature_type: str, compat: str, sampling_rate_hz: float) -> None:
-        self.kmeans = kmeans
-        self.feature_type = feature_type
-        self._how = {"compat": compat, "sample_rate_hz": sampling_rate_hz}
+    #: Label sets that batches must carry.
+    names: tuple[str, ...] = ()
+
+    def __init__(self, featuriser: Featuriser, kmeans: Sequence[KMeans]) -> None:
+        self.featuriser, self.kmeans = featuriser, kmeans
         # Features are float32, and so are the centres that they are compared with.
-        self._centers = torch.as_tensor(kmeans.cluster_centers_, dtype=torch.float32)
+        self._models = [
+            (torch.as_tensor(one.cluster_centers_, dtype=torch.float32, device=featuriser.device), one.normalize)
+            for one in kmeans
+        ]
 
     @torch.no_grad()
-    def __call__(self, ecg: Tensor) -> Tensor:
-        """Clusters ``[B, N] int64`` of the crops ``[B, 12, T]``, on their device."""
-        assign = features.ASSIGN.get(self.feature_type)
-        if assign is not None:
-            self._centers = self._centers.to(ecg.device)
-            return assign(ecg, self._centers, normalize=self.kmeans.normalize, **self._how)
-        # In half precision, tokens near a border would change their cluster.
-        with torch.autocast(ecg.device.type, enabled=False):
-            x = features.extract(ecg.float(), self.feature_type, **self._how)
-            labels = self.kmeans.predict(x.flatten(0, 1))
-        return labels.view(x.shape[:2])
-
-
-def token_features(
-    store: Store, indices: np.ndarray, config: PretrainConfig, model: HubertECGConfig, device: torch.device
-) -> Tensor:
-    """Features of all tokens of the first crop of these records, padding left out: ``[num_tokens, D] float32``, on the
-    device."""
-    loader = Loader(
-        store, indices, _BATCH, crop_s=config.crop_s, crop="first", shuffle=False, num_workers=config.num_workers
-    )
-    parts = []
-    for batch in loader.batches(0):
-        x = features.extract(
-            batch.leads.to(device), config.feature_type, compat=config.compat, sample_rate_hz=model.sampling_rate_hz
+    def __call__(self, batch: Batch) -> Tensor:
+        """Clusters ``[E, B, N] int64`` of the crops, on the device."""
+        assign = features.ASSIGN.get(self.featuriser.feature_type)
+        if assign is not None and len(self._models) == 1:
+            ((centers, normalize),) = self._models
+            return assign(self.featuriser.leads(batch), centers, normalize=normalize, **self.featuriser.how)[None]
+        x = self.featuriser(batch)
+        points = x.flatten(0, 1)
+        unit = unit_rows(points) if any(normalize for _, normalize in self._models) else points
+        return torch.stack(
+            [
+                ops.kmeans_assign(unit if normalize else points, centers).view(x.shape[:2])
+                for centers, normalize in self._models
+            ]
         )
-        parts.append(x[token_mask(model, lead_lengths(batch), batch.ecg.shape[-1]).to(device)])
-    return torch.cat(parts)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them."""
+        return {"kmeans": [one.state() for one in self.kmeans], "teacher": self.featuriser.teacher_hash}
 
 
-def fit_kmeans(
-    store: Store, train: np.ndarray, config: PretrainConfig, model: HubertECGConfig, device: torch.device
-) -> tuple[KMeans, dict[str, Any]]:
-    """The k-means model of a run, and how good its clusters are.
+class StoredLabels:
+    """Clusters that were found before: label sets of the store, which batches carry.
 
-    Returns:
-        The model: that of ``config.kmeans_path``, else one fitted on at most ``config.kmeans_records`` of the training
-        records; and quality scores, ``num_records``, ``num_tokens`` and ``counts [K]`` on these records.
+    Args:
+        store: Where they lie.
+        names: Names of the sets, whose models come one after another.
+        device: Where the clusters are wanted.
+
+    Attributes:
+        vocab_sizes: Clusters K of each model.
 
     Raises:
-        UserError: If there are fewer tokens than clusters, or the given model is for other features.
+        UserError: If the store has no such labels.
     """
-    drawn = np.sort(np.random.default_rng(config.seed).permutation(train)[: config.kmeans_records])
-    x = token_features(store, drawn, config, model, device)
-    if config.kmeans_path is not None:
-        kmeans = clustering.KMeans.load(config.kmeans_path)
-        if kmeans.cluster_centers_.shape[1] != x.shape[1]:
-            raise UserError(
-                f"pretrain: kmeans_path must be a model for {x.shape[1]} features ({config.feature_type}), "
-                f"got {kmeans.cluster_centers_.shape[1]} in {config.kmeans_path}"
-            )
-    else:
-        if len(x) < config.num_clusters:
-            raise UserError(
-                f"pretrain: num_clusters must be at most the number of tokens, got {config.num_clusters} for {len(x)} "
-                f"tokens of {len(drawn)} records; use fewer clusters or more records"
-            )
-        kmeans = clustering.KMeans(config.num_clusters, normalize=True, max_iter=100, random_state=config.seed).fit(x)
-    labels = kmeans.predict(x)
-    num_clusters = len(kmeans.cluster_centers_)
-    scores = clustering.scores(kmeans.normalized(x), labels, kmeans.cluster_centers_)
-    quality: dict[str, Any] = {
-        "feature_type": config.feature_type,
-        "num_clusters": num_clusters,
-        "num_records": len(drawn),
-        "num_tokens": len(x),
-        "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
-        "counts": torch.bincount(labels, minlength=num_clusters).tolist(),
-    }
-    return kmeans, quality
+
+    def __init__(self, store: Store, names: Sequence[str], device: torch.device) -> None:
+        self.names, self._device = tuple(name.strip() for name in names), device
+        sets = [store.labels(name) for name in self.names]
+        self.vocab_sizes: list[int] = []
+        for one in sets:
+            self.vocab_sizes += one.facts.get("vocab_sizes", [one.facts["num_clusters"]] * len(one.values))
+        self._facts = [one.facts for one in sets]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Clusters ``[E, B, N] int64`` of the crops, on the device."""
+        assert batch.labels is not None
+        return batch.labels.to(self._device, non_blocking=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them."""
+        return {"labels": self._facts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from hubert_ecg import data
 from hubert_ecg.config import Compat, DataConfig, FinetuneConfig, LabelledConfig, PretrainConfig, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hubert_ecg.data import Batch, Loader, Store
@@ -32,18 +34,33 @@ def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, 
 
 
 def random_crops(
-    store: Store, indices: np.ndarray, config: PretrainConfig | FinetuneConfig, *, shuffle: bool
+    store: Store,
+    indices: np.ndarray,
+    config: PretrainConfig | FinetuneConfig,
+    *,
+    shuffle: bool,
+    labels: Sequence[str] = (),
+    rank: int = 0,
+    num_ranks: int = 1,
+    device: torch.device | None = None,
 ) -> Loader:
-    """Batches of random crops of these records; which ones follows from the seed and the epoch."""
+    """Batches of random crops of these records, or a rank's part of each; they follow from the seed and the epoch.
+
+    With precomputed labels of tokens, crops are where these are: at the beginning of each record.
+    """
     return data.Loader(
         store,
         indices,
         config.batch_size,
         crop_s=config.crop_s,
-        crop="random",
+        crop="first" if labels else "random",
         shuffle=shuffle,
         seed=config.seed,
         num_workers=config.num_workers,
+        labels=labels,
+        rank=rank,
+        num_ranks=num_ranks,
+        device=device,
     )
 
 
@@ -84,7 +101,7 @@ def hold_out(store: Store, pool: np.ndarray, share: float, seed: int) -> tuple[n
     Raises:
         UserError: If all records are of one patient.
     """
-    patients = store.index["patient_id"].to_numpy()[pool]
+    patients = store.column("patient_id")[pool]
     # A record of an unknown patient is a patient of its own.
     names = [f"record {i}" if p is None or p != p else f"patient {p}" for i, p in zip(pool, patients, strict=True)]
     unique, group = np.unique(names, return_inverse=True)
@@ -159,7 +176,7 @@ def lead_lengths(batch: Batch) -> Tensor:
 
 def data_key(store: Store, *splits: np.ndarray) -> str:
     """Changes when the records of a run, their order or their preprocessing do; not when their folder moves."""
-    names = store.index["record_id"].to_numpy()
+    names = store.column("record_id")
     digest = hashlib.sha256(f"{store.dataset} {store.sampling_rate_hz} {store.compat}".encode())
     for split in splits:
         digest.update(b"\0\0")

@@ -1,8 +1,19 @@
-"""Learning rate of each optimiser step: a pure function, so that a resumed run needs no state for it."""
+"""What follows from the number of a step alone, so that a resumed run needs no state for it."""
 
 from __future__ import annotations
 
 import dataclasses
+
+import numpy as np
+
+# Streams of random numbers of a run; masks take the streams 0 (training) and 1 (validation).
+DROPOUT, LAYERDROP = 2, 3
+
+
+def seed_of(*key: int) -> int:
+    """A seed that depends on the key alone, so that nothing about it needs to be saved."""
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return int(seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,39 @@
-"""Features of the tokens of many records: in a file, or in a folder that is read piece by piece."""
+"""Features of the tokens of many records: in memory, in a file, or in a folder that is read piece by piece."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from hubert_ecg.clustering import forget_pages
 from hubert_ecg.config import UserError
-from hubert_ecg.data import plain_pickle
+from hubert_ecg.data import Loader, plain_pickle
 from hubert_ecg.files import replacing, write_json
+from hubert_ecg.models import HubertECGConfig, token_mask
+from hubert_ecg.models.encoder import num_tokens
+from hubert_ecg.signal import LEADS
+from hubert_ecg.train.records import lead_lengths
+
+if TYPE_CHECKING:
+    from hubert_ecg.data import Batch, Store
+    from hubert_ecg.train.pseudo_labels import Featuriser
 
 _ARRAYS = ("features", "valid")
 # Written last: a folder without it is unfinished.
 _FACTS = "records.json"
 # Records whose tokens are picked at a time, wherever in a folder they lie: each brings pages of its file with it.
 _PICKED_RECORDS = 64
+# Records whose features are computed at a time; those of a model take more memory.
+_BATCH, _LATENT_BATCH = 256, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +44,8 @@ class TokenFeatures:
     ``valid.npy`` and ``records.json``, which is mapped and may be larger than memory.
 
     Args:
-        features: ``[N, tokens, D] float32``.
+        features: ``[N, tokens, D] float32``, latent ones float16: clusters of either are the same but for tokens that
+            lie between two of them.
         valid: ``[N, tokens] bool``: False where a token sees padding.
         record_ids: N names.
         settings: How they were made.
@@ -43,14 +57,20 @@ class TokenFeatures:
     settings: dict[str, Any]
 
     @staticmethod
-    def allocate(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def allocate(path: Path | None, shape: tuple[int, int, int], dtype: Any = np.float32) -> tuple[Any, Any]:
         """Arrays of features and valid tokens to fill and then to save at ``path``: in its folder, or in memory."""
-        if path.suffix in (".pkl", ".npz"):
-            return np.empty(shape, np.float32), np.empty(shape[:2], bool)
+        if path is None or path.suffix in (".pkl", ".npz") or 0 in shape:
+            return np.empty(shape, dtype), np.empty(shape[:2], bool)
         path.mkdir(parents=True, exist_ok=True)
         (path / _FACTS).unlink(missing_ok=True)
-        features = np.lib.format.open_memmap(path / "features.npy", "w+", np.float32, shape)
+        features = np.lib.format.open_memmap(path / "features.npy", "w+", dtype, shape)
         return features, np.lib.format.open_memmap(path / "valid.npy", "w+", np.bool_, shape[:2])
+
+    @staticmethod
+    def allocated(path: Path) -> tuple[Any, Any]:
+        """The arrays that another process has allocated in a folder, to fill too."""
+        features, valid = (np.lib.format.open_memmap(path / f"{name}.npy", "r+") for name in _ARRAYS)
+        return features, valid
 
     def save(self, path: Path) -> None:
         """Writes a .pkl of plain containers and arrays, an .npz, or a folder; it appears whole or not at all."""
@@ -119,14 +139,17 @@ class ValidTokens:
         # Tokens before each record.
         self._ends = np.concatenate([[0], np.cumsum(self._valid.sum(1, dtype=np.int64))])
         self.shape = (int(self._ends[-1]), given.features.shape[2])
-        self.dtype, self.device = given.features.dtype, device
+        # Sums are float64, which Apple's GPUs have not.
+        self.dtype, self.device = given.features.dtype, torch.device("cpu") if device.type == "mps" else device
 
     @property
     def num_bytes(self) -> int:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """All tokens ``[N, D]`` at once."""
+        """All tokens ``[N, D]`` at once; without a copy where they are in memory and none is left out."""
+        if self._valid.all() and not isinstance(self._features, np.memmap):
+            return self._features.reshape(self.shape)
         rows = np.empty(self.shape, self.dtype)
         first = 0
         for block in self.blocks(1 << 16):
@@ -153,6 +176,78 @@ class ValidTokens:
             parts.append(self._features[record, token])
             forget_pages(self._features)
         return np.concatenate(parts)
+
+
+class FeatureWork:
+    """The features of the first crop of some records: how large they are, and how they are computed.
+
+    Args:
+        store: Where the records are.
+        records: Their positions.
+        featuriser: Computes the features of a batch.
+        shape: A model that reads them, which knows its tokens and those that see padding.
+        crop_s: Seconds of each record.
+        num_workers: Threads that read ahead.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        records: np.ndarray,
+        featuriser: Featuriser,
+        shape: HubertECGConfig,
+        crop_s: float,
+        num_workers: int,
+    ) -> None:
+        self.store, self.records, self.featuriser, self.model = store, records, featuriser, shape
+        self.crop_s, self.num_workers = crop_s, num_workers
+        tokens = num_tokens(shape, len(LEADS) * round(crop_s * store.sampling_rate_hz))
+        self.shape = (len(records), tokens, featuriser.width)
+        self.dtype = np.dtype(np.float16 if featuriser.feature_type == "latent" else np.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def share(self, rank: int, num_ranks: int) -> slice:
+        """The records of one of the processes that work together."""
+        return slice(rank * len(self.records) // num_ranks, (rank + 1) * len(self.records) // num_ranks)
+
+    def fill(self, values: np.ndarray, valid: np.ndarray, share: slice, title: str | None = None) -> None:
+        """Computes the features of the records of a share into its rows of both arrays.
+
+        Args:
+            values: ``[n, tokens, D]``, n the records of the share.
+            valid: ``[n, tokens] bool``.
+            share: Which records.
+            title: What a progress bar says; None shows none.
+        """
+        first = 0
+        for batch in self.batches(self.records[share], title):
+            x = self.featuriser(batch)
+            rows = slice(first, first + len(x))
+            values[rows] = x.cpu().numpy()
+            valid[rows] = token_mask(self.model, lead_lengths(batch), batch.ecg.shape[-1]).numpy()
+            forget_pages(values)
+            first += len(x)
+
+    def batches(self, records: np.ndarray, title: str | None = None) -> Iterator[Batch]:
+        """First crops of these records, in their order, with a progress bar of that title."""
+        loader = Loader(
+            self.store,
+            records,
+            _BATCH if self.featuriser.teacher is None else _LATENT_BATCH,
+            crop_s=self.crop_s,
+            crop="first",
+            num_workers=self.num_workers,
+        )
+        console = Console(stderr=True)
+        yield from track(
+            loader.batches(0), title or "", len(loader), console=console, transient=True, disable=title is None
+        )
+
+    def record_ids(self, share: slice) -> list[str]:
+        return self.store.column("record_id")[self.records[share]].tolist()
 
 
 def check_path(path: Path) -> None:

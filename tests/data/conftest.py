@@ -66,3 +66,13 @@ def store(tmp_path_factory):
 def published(tmp_path_factory):
     """The same records, kept at 500 Hz for the published decimation."""
     return build(Beats(), tmp_path_factory.mktemp("published") / "s", Settings(compat="published"), shard_records=2)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """The same records with labels of two k-means models under one name, and of a third under another."""
+    store = build(Beats(), tmp_path_factory.mktemp("labelled") / "s", shard_records=2)
+    labels = np.random.default_rng(0).integers(0, 100, (3, len(store), 93))
+    store.write_labels("mfcc", labels[:2], num_clusters=100, crop_s=5.0, facts={"feature_type": "mfcc"})
+    store.write_labels("second", labels[2:], num_clusters=100, crop_s=5.0)
+    return store

@@ -81,6 +81,9 @@ def test_index_and_labels(store):
     np.testing.assert_array_equal(store.targets("rate"), [[np.nan], [61], [62], [63], [64], [65]])
     assert store[2].labels == {"all": ()}
     assert store[-1].record_id == "r5"
+    assert store.column("record_id").tolist() == index["record_id"].tolist()
+    assert store.column("num_samples").tolist() == index["num_samples"].tolist()
+    assert store.column("patient_id").tolist() == index["patient_id"].tolist()
     with pytest.raises(IndexError, match="index must be below 6, got 6"):
         store[6]
     with pytest.raises(UserError, match="beats has no task 'form'; its tasks: all, rate"):

@@ -1,4 +1,4 @@
-"""Masked spans, against their definition: a plain simulation in NumPy, and every case where there are few."""
+"""Masked tokens, against their definition: a plain simulation in NumPy, and every case where there are few."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hubert_ecg.features import token_geometry, token_places
 from hubert_ecg.ops import span_mask
+
+PLACES = token_places(500, 100)
+LEADS, TIMES = PLACES.numpy().T
+BY_TIME = np.argsort(TIMES, kind="stable")
 
 
 def runs(row: list[int]) -> list[int]:
@@ -158,9 +163,144 @@ def test_valid_tokens_are_masked_in_their_share_and_the_rest_points_at_padding(s
     assert masked_valid.tolist() == wanted
 
 
+def circular_runs(masked: np.ndarray) -> list[int]:
+    """Lengths of the runs of True in a ring, in the order of their ends; one that goes round is one."""
+    first = int(np.argmin(masked))
+    assert not masked[first]
+    ring = np.roll(masked, -first)
+    return [len(list(group)) for value, group in itertools.groupby(ring) if value]
+
+
+def within_chance(counts, draws) -> bool:
+    """Whether shares of about equal chance differ by no more than five standard deviations, and not by construction."""
+    share = counts / draws
+    return np.abs(share - share.mean()).max() < 5 * np.sqrt(share.mean() * (1 - share.mean()) / draws)
+
+
+@pytest.mark.parametrize(("rate", "num_samples"), [(100, 500), (50, 250), (500, 2500), (100, 1000), (100, 137)])
+def test_a_token_lies_where_the_middle_of_its_receptive_field_does(rate, num_samples):
+    geometry = token_geometry(rate)
+    middles = geometry.stride * np.arange(geometry.num_tokens(num_samples)) + geometry.receptive_field // 2
+    places = token_places(num_samples, rate).numpy()
+    np.testing.assert_array_equal(places, np.stack([middles // num_samples, middles % num_samples], 1))
+
+
+def test_tokens_are_spans_of_one():
+    valid = torch.rand(30, 93) < 0.8
+    for given_valid in (None, valid):
+        independent = span_mask(30, 93, 0.33, 1, given_valid, seed=4, mask_strategy="tokens")
+        assert torch.equal(independent, span_mask(30, 93, 0.33, 1, given_valid, seed=4))
+
+
+@pytest.mark.parametrize(("prob", "count"), [(0.33, 31), (0.15, 14), (0.5, 47), (0.02, 2), (1.0, 93)])
+def test_whole_leads_are_masked_but_one(prob, count):
+    mask = span_mask(3000, 93, prob, seed=5, mask_strategy="lead", places=PLACES)
+    assert mask.shape == (3000, count)
+    assert (mask.diff(dim=1) > 0).all()
+    masked = indicators(mask, 93)
+    of_lead = np.stack([masked[:, lead == LEADS].mean(1) for lead in range(12)], 1)
+    assert (((of_lead > 0) & (of_lead < 1)).sum(1) <= 1).all()
+    if prob < 1:
+        # Leads alike, within their number of tokens, and within the partial lead all of its tokens.
+        for size in (7, 8):
+            leads = [lead for lead in range(12) if (lead == LEADS).sum() == size]
+            assert within_chance(masked[:, np.isin(LEADS, leads)].sum(0), 3000)
+        assert count < 8 or len({tuple(row) for row in (of_lead == 1).tolist()}) > 10
+
+
+def test_every_set_of_whole_leads_is_as_likely():
+    # Three of four leads with two tokens each.
+    places = torch.tensor([[lead, time] for time in range(2) for lead in (3, 0, 7, 2)])
+    mask = span_mask(8000, 8, 0.75, seed=9, mask_strategy="lead", places=places)
+    sets, counts = np.unique(mask.numpy(), axis=0, return_counts=True)
+    assert len(sets) == 4
+    assert np.abs(counts - 2000).max() < 5 * np.sqrt(8000 * 3 / 16)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("prob", [0.15, 0.33, 0.6])
+def test_a_block_is_one_interval_of_time_in_all_leads(length, prob):
+    draws = 3000
+    mask = span_mask(draws, 93, prob, length, seed=6, mask_strategy="block", places=PLACES)
+    assert mask.shape == (draws, int(prob * 93 + 0.5))
+    assert (mask.diff(dim=1) > 0).all()
+    masked = indicators(mask, 93)
+    for row in masked[:300, BY_TIME].astype(bool):
+        runs = circular_runs(row)
+        # Whole blocks of as many tokens as 12 leads have in the time of `length`, and one that is cut.
+        assert len(runs) <= -(-mask.shape[1] // (12 * length))
+        assert sum(run < 12 * length for run in runs) <= 1
+    assert within_chance(masked.sum(0), draws)
+    if 12 * length >= mask.shape[1]:
+        # One block: one stretch of time, in which all leads are masked and after which none is.
+        for row in masked[:300].astype(bool):
+            inside, outside = np.sort(TIMES[row]), np.sort(TIMES[~row])
+            gaps = np.searchsorted(outside, inside)
+            assert len(set(gaps.tolist())) <= 2
+        assert mask.shape[1] < 24 or all(len(set(LEADS[row].tolist())) == 12 for row in mask[:300].numpy())
+
+
+def test_a_block_is_the_same_time_in_all_leads():
+    # Twelve leads whose tokens lie at the same eight times: one block of one token is one of these times.
+    places = torch.tensor([[lead, time] for lead in range(12) for time in range(8)])
+    mask = span_mask(4000, 96, 12 / 96, 1, seed=2, mask_strategy="block", places=places)
+    times = places[:, 1].numpy()[mask.numpy()]
+    leads = places[:, 0].numpy()[mask.numpy()]
+    assert all(sorted(row) == list(range(12)) for row in leads.tolist())
+    # Its first token may be any: then it lies in a time and in the next.
+    assert all({(b - a) % 8 for a, b in itertools.pairwise(sorted(set(row)))} <= {1, 7} for row in times.tolist())
+    assert within_chance(np.bincount(times.flatten(), minlength=8), 48_000)
+
+
+@pytest.mark.parametrize(("strategy", "length"), [("tokens", 1), ("spans", 3), ("lead", 1), ("block", 1), ("block", 2)])
+def test_each_strategy_respects_padding_and_absent_leads(strategy, length):
+    valid = torch.from_numpy((TIMES < [[500], [300], [500], [40], [500]]) & (LEADS < [[12], [12], [5], [12], [0]]))
+    ids = torch.tensor([5, 1 << 50, 0, -3, 8])
+    how = {"seed": 3, "mask_strategy": strategy, "places": PLACES}
+    mask = span_mask(5, 93, 0.33, length, valid, record_ids=ids, **how)
+    wanted = [min(n, max(2, int(0.33 * n + 0.5))) for n in valid.sum(1).tolist()]
+    assert valid.gather(1, mask).sum(1).tolist() == wanted
+    assert (mask.diff(dim=1) > 0).all()
+    order = [3, 0, 2]
+    assert torch.equal(span_mask(3, 93, 0.33, length, valid[order], record_ids=ids[order], **how), mask[order])
+    alone = span_mask(1, 93, 0.33, length, record_ids=ids[:1], **how)
+    assert torch.equal(alone, mask[:1])
+    assert not torch.equal(alone, span_mask(1, 93, 0.33, length, record_ids=ids[:1], **{**how, "seed": 4}))
+    assert not torch.equal(alone, span_mask(1, 93, 0.33, length, record_ids=ids[1:2], **how))
+
+
+def test_absent_leads_and_padding_leave_whole_what_is_there():
+    valid = torch.from_numpy((TIMES < 300) & (LEADS < 6)).expand(500, -1)
+    of_lead = indicators(span_mask(500, 93, 0.5, 1, valid, seed=1, mask_strategy="lead", places=PLACES), 93)
+    there = valid[0].numpy()
+    shares = np.stack([of_lead[:, there & (lead == LEADS)].mean(1) for lead in range(6)], 1)
+    assert (((shares > 0) & (shares < 1)).sum(1) <= 1).all()
+    assert within_chance(of_lead[:, there].sum(0), 500)
+    in_time = indicators(span_mask(500, 93, 0.4, 5, valid, seed=1, mask_strategy="block", places=PLACES), 93)
+    kept = BY_TIME[there[BY_TIME]]
+    assert all(len(circular_runs(row)) == 1 for row in in_time[:, kept].astype(bool))
+
+
+def test_ids_are_any_whole_numbers_and_far_ones_differ():
+    ids = torch.tensor([0, 1, -1, 1 << 32, 1 << 54, -(1 << 54), (1 << 54) + 1, 7])
+    mask = span_mask(len(ids), 93, 0.33, seed=1, record_ids=ids)
+    assert len({tuple(row) for row in mask.tolist()}) == len(ids)
+    assert torch.equal(span_mask(1, 93, 0.33, seed=1, record_ids=ids[2:3]), mask[2:3])
+    many = span_mask(4000, 93, 0.33, seed=1, record_ids=-torch.arange(1, 4001))
+    assert within_chance(indicators(many, 93).sum(0), 4000)
+
+
+@pytest.mark.parametrize(("prob", "num_tokens", "count"), [(0.5, 5, 3), (0.25, 10, 3), (0.25, 14, 4), (0.3, 15, 5)])
+def test_halves_are_rounded_up(prob, num_tokens, count):
+    assert span_mask(1, num_tokens, prob).shape == (1, count)
+
+
 @pytest.mark.cuda
 def test_a_gpu_draws_the_same():
     valid = torch.rand(9, 93) < 0.9
-    for given_valid in (None, valid):
-        there = span_mask(9, 93, 0.33, 4, given_valid, seed=3, device="cuda")
-        assert torch.equal(there.cpu(), span_mask(9, 93, 0.33, 4, given_valid, seed=3))
+    for given_valid, (strategy, length) in itertools.product(
+        (None, valid), (("tokens", 1), ("spans", 4), ("lead", 1), ("block", 2))
+    ):
+        how = {"seed": 3, "mask_strategy": strategy, "places": PLACES}
+        there = span_mask(9, 93, 0.33, length, given_valid, device="cuda", **how)
+        assert torch.equal(there.cpu(), span_mask(9, 93, 0.33, length, given_valid, **how))

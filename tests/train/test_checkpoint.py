@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -72,27 +71,6 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.load(path)
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load(tmp_path / "none")
-
-
-def test_random_states_continue(tmp_path):
-    cpu = torch.device("cpu")
-    torch.manual_seed(3)
-    torch.rand(5)
-    np.random.seed(3)
-    np.random.randn(3)
-    random.seed(3)
-    random.gauss(0, 1)
-    before = checkpoint.random_state(cpu)
-    path = tmp_path / "c.safetensors"
-    checkpoint.save(path, before)
-
-    def draws():
-        return torch.rand(4).tolist(), np.random.randn(5).tolist(), [random.gauss(0, 1) for _ in range(3)]
-
-    expected = draws()
-    draws()
-    checkpoint.set_random_state(checkpoint.load(path), cpu)
-    assert draws() == expected
 
 
 def test_the_differing_field_is_named(tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from hubert_ecg import KMeans, cli
 from hubert_ecg.config import UserError
-from hubert_ecg.train import extract
+from hubert_ecg.train import clusters
 from hubert_ecg.train.token_features import TokenFeatures, ValidTokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,7 @@ def test_files_and_streamed_folders_give_one_model(flags, tmp_path, monkeypatch)
     found = {}
     for name in ("f.pkl", "f"):
         given.save(tmp_path / name)
-        monkeypatch.setattr(extract, "_IN_MEMORY_BYTES", 0 if name == "f" else 1 << 30)
+        monkeypatch.setattr(clusters, "IN_MEMORY_BYTES", 0 if name == "f" else 1 << 30)
         assert cli.main(["cluster", *cluster(tmp_path / name, tmp_path / f"{name}.safetensors", *flags)]) == 0
         report = json.loads((tmp_path / f"{name}.json").read_text())
         found[name] = (KMeans.load(tmp_path / f"{name}.safetensors"), report)

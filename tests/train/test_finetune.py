@@ -12,10 +12,12 @@ import torch
 
 from hubert_ecg import evaluation, train
 from hubert_ecg.config import FinetuneConfig, UserError
+from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, HubertECGForPretraining, load_file, save_file
 from hubert_ecg.train.finetune import Classification, TaskRecords, build_model
 from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.records import positive_weights
+from hubert_ecg.train.throughput import COLUMNS
 
 CPU = torch.device("cpu")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -91,7 +93,7 @@ def test_the_best_model_knows_all_that_prediction_needs(config, cohort, tmp_path
     assert settings["total_steps"] == 6
     assert settings["records"] == {"train": len(cohort.split("train")), "validation": len(validation)}
     header = result["metrics_csv"].read_text().splitlines()[0]
-    assert header == "step,epoch,split,loss,auroc,auprc,lr,grad_norm,records_per_s"
+    assert header == ",".join(["step,epoch,split,loss,auroc,auprc,lr,grad_norm", *COLUMNS])
 
 
 def test_the_same_command_gives_the_same_model_and_an_interrupted_one_too(config, tmp_path, monkeypatch):
@@ -114,8 +116,9 @@ def test_the_same_command_gives_the_same_model_and_an_interrupted_one_too(config
     for folder in ("", "last"):
         a, b = (HubertECGForClassification.from_pretrained(run["folder"] / folder) for run in (once, again))
         assert_same_weights(a.state_dict(), b.state_dict())
-    speed = [[line.rsplit(",", 1)[0] for line in run["metrics_csv"].read_text().splitlines()] for run in (once, again)]
-    assert speed[0] == speed[1]
+    lines = [run["metrics_csv"].read_text().splitlines() for run in (once, again)]
+    first, second = ([line.rsplit(",", len(COLUMNS))[0] for line in log] for log in lines)
+    assert first == second
 
 
 def test_augmented_runs_repeat_and_continue(config, tmp_path, monkeypatch):
@@ -275,6 +278,22 @@ def test_multiclass_scores_are_shares(config, cohort, monkeypatch):
     assert 0 not in records.train
     with pytest.raises(UserError, match="multiclass needs one label for each record, got"):
         TaskRecords(cohort, config(problem="multiclass"))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_weights_of_classes_count_in_the_mean_of_a_step(cohort, config, monkeypatch, weighted):
+    targets = np.eye(3)[np.minimum(np.arange(len(cohort)) % 7, 2)]
+    store = Relabelled(cohort, targets, ("a", "b", "c"))
+    use(monkeypatch, store)
+    settings = config(problem="multiclass", class_weights=weighted, dropout=0.0)
+    records = TaskRecords(store, settings)
+    objective = Classification(settings, build_model(settings, records, PREPROCESSING), records, CPU)
+    losses = {}
+    for size in (6, 2):
+        batches = Loader(cohort, records.train[:6], size, num_workers=0).batches(0)
+        found = [(objective.loss(batch, 0, 0)[0].item(), objective.counts(batch, 0, 0)[0]) for batch in batches]
+        losses[size] = sum(loss * count for loss, count in found) / sum(count for _, count in found)
+    assert losses[2] == pytest.approx(losses[6], rel=1e-5)
 
 
 def test_undefined_labels_do_not_choose_the_model(config, cohort, monkeypatch, capsys):

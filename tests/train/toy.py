@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,10 @@ from torch import nn
 
 from hubert_ecg.config import FinetuneConfig
 from hubert_ecg.files import replacing
-from hubert_ecg.train.loop import Loop, Objective
+from hubert_ecg.train.distributed import num_ranks, rank, ranks
+from hubert_ecg.train.loop import Loop
+from hubert_ecg.train.objective import Objective
+from hubert_ecg.train.throughput import COLUMNS
 
 NUM_RECORDS, NUM_INPUTS = 22, 6
 
@@ -26,7 +31,7 @@ class ToyBatch:
 
 
 class ToyBatches:
-    """Order is a pure function of the epoch, as the loader's is."""
+    """Order is a pure function of the epoch, as the loader's is; of several ranks each gets a part of each batch."""
 
     def __init__(self, batch_size: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -36,12 +41,13 @@ class ToyBatches:
 
     @property
     def num_batches(self) -> int:
-        return -(-NUM_RECORDS // self.batch_size)
+        return -(-NUM_RECORDS // (self.batch_size * num_ranks()))
 
     def batches(self, epoch, start=0):
         order = np.random.default_rng([5, epoch]).permutation(NUM_RECORDS)
         for k in range(start, self.num_batches):
-            index = order[k * self.batch_size : (k + 1) * self.batch_size]
+            size = self.batch_size * num_ranks()
+            index = np.array_split(order[k * size : (k + 1) * size], num_ranks())[rank()]
             yield ToyBatch(self.x[index], self.y[index], index)
 
 
@@ -90,17 +96,23 @@ def make_loop(folder: Path, *, on_step=None, dropout=0.2, device="cpu", dtype=to
 
 
 def rows(folder: Path) -> list[str]:
-    """The log without its last column, the speed."""
-    return [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+    """The log without its last columns, the speed."""
+    return [line.rsplit(",", len(COLUMNS))[0] for line in (folder / "metrics.csv").read_text().splitlines()]
 
 
 if __name__ == "__main__":
-    # A slow run for a test to kill: prints each step as it begins.
+    # A run for a test to stop: folder, settings, seconds of a step, threads, and which rank to kill when and how, once.
+    folder, fields, seconds, threads, killed = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
     # Sums are split among threads: as many as in the run it is compared with.
-    torch.set_num_threads(int(sys.argv[3]))
+    torch.set_num_threads(threads)
 
-    def report(step, batch):
+    def on_step(step, batch):
         print(step, flush=True)
-        time.sleep(float(sys.argv[2]))
+        time.sleep(seconds)
+        done = folder / "killed"
+        if killed and [rank(), step] == killed[:2] and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), killed[2])
 
-    make_loop(Path(sys.argv[1]), on_step=report, resume=True).run()
+    with ranks("cpu"):
+        make_loop(folder, on_step=on_step, **fields).run()
