@@ -32,7 +32,7 @@ def make_batch(num_records=6, num_samples=500, records=None, silent=False):
     present[records == 2, 6:8] = False
     there = (torch.arange(num_samples) < lengths[:, None, None]) & present[:, :, None]
     ecg = torch.where(there, ecg * (not silent), 0)
-    return Batch(ecg, lengths, records, present, ecg)
+    return Batch(ecg, lengths, records, present, ecg, num_global=len(records))
 
 
 def einthoven(ecg):
