@@ -105,11 +105,14 @@ class PrepareConfig(DataConfig):
         output_dir: Folder of the store.
         dataset: Name of the data set, which knows labels and folds. "auto" looks at the folder.
         signal_dtype: How samples are kept on disk.
+        splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
+            test). Default: the data set's own folds, or folds by patient.
     """
 
     output_dir: Path = dataclasses.field(kw_only=True)
     dataset: str = "auto"
     signal_dtype: Literal["int16", "float16"] = "int16"
+    splits_from: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +284,8 @@ class PretrainConfig(TrainConfig, DataConfig):
         dataset: Name of the data set in data_path, or "auto".
         crop_s: Seconds of each record that the model sees at a time.
         validation_share: Share of the records held out for masked validation, where the data has no folds.
+        splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
+            test). Default: the store's own.
     """
 
     preset: Literal["published", "corrected"] | None = None
@@ -318,6 +323,7 @@ class PretrainConfig(TrainConfig, DataConfig):
     dataset: str = "auto"
     crop_s: float = 5.0
     validation_share: float = 0.05
+    splits_from: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,6 +346,8 @@ class LabelledConfig(_Checked):
         lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
             Default: the twelve leads in standard order.
         unlabelled: Records that have no label of the task: kept as negatives, or dropped.
+        splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
+            test). Default: the store's own.
         cache_dir: Where packed stores are kept. Default: $HUBERT_ECG_CACHE, or ~/.cache/hubert-ecg.
         num_workers: Processes that pack records, and threads that read ahead of the model.
         seed: Seed of everything random.
@@ -351,6 +359,7 @@ class LabelledConfig(_Checked):
     sampling_rate: float = 500.0
     lead_names: str | None = None
     unlabelled: Literal["keep", "drop"] = "keep"
+    splits_from: Path | None = None
     cache_dir: Path | None = None
     num_workers: int = 2
     seed: int = 0
@@ -375,6 +384,8 @@ class FinetuneConfig(TrainConfig, LabelledConfig):
         encoder_dropout: Dropout inside the encoder.
         layerdrop: Chance of skipping a layer in a step.
         label_share: Use this share of the training records, drawn by seed.
+        augment: Change training crops at random: some of warp, scale, wander, noise and drop, split by commas, or all.
+            Default: random crops alone.
         crop_s: Seconds of each record that the model sees at a time.
         num_crops: Crops of a record whose scores are averaged in validation and test.
     """
@@ -392,6 +403,7 @@ class FinetuneConfig(TrainConfig, LabelledConfig):
     encoder_dropout: float = 0.0
     layerdrop: float = 0.0
     label_share: float = 1.0
+    augment: str | None = None
     crop_s: float = 5.0
     num_crops: int = 3
 

@@ -17,9 +17,9 @@ import numpy as np
 
 import hubert_ecg.signal
 from hubert_ecg.config import Compat, PrepareConfig, UserError, cache_root
-from hubert_ecg.data.dataset import Dataset
+from hubert_ecg.data.dataset import Dataset, Entry, learnable
 from hubert_ecg.data.datasets import open_dataset
-from hubert_ecg.data.folds import FOLD_SEED, assign_folds
+from hubert_ecg.data.folds import FOLD_SEED, NO_FOLD, assign_folds, given_folds, read_splits, split_name
 from hubert_ecg.data.packing import BASE_RATE_HZ, Packed, Result, Settings, Skipped, packed_chunks
 from hubert_ecg.data.record import lead_list
 from hubert_ecg.data.store import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHARD_RECORDS = 1024
+SPLITS_TABLE = "splits.csv"
 # Records that go to a worker at once.
 _CHUNK_RECORDS = 32
 # Below this many records, starting worker processes costs more than it saves.
@@ -76,7 +77,14 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Store:
         seed=config.seed,
     )
     settings = Settings(config.downsampling_factor, config.compat, config.signal_dtype)
-    return build(dataset, config.output_dir, settings, num_workers=config.num_workers, progress=progress)
+    return build(
+        dataset,
+        config.output_dir,
+        settings,
+        num_workers=config.num_workers,
+        progress=progress,
+        splits_from=config.splits_from,
+    )
 
 
 def open_store(
@@ -87,6 +95,7 @@ def open_store(
     lead_names: str | None = None,
     downsampling_factor: int = 5,
     compat: Compat = "corrected",
+    splits_from: str | Path | None = None,
     cache_dir: str | Path | None = None,
     num_workers: int = 2,
     progress: bool = True,
@@ -102,6 +111,7 @@ def open_store(
         lead_names: Rows of files that do not name their leads, split by commas; None for the twelve in standard order.
         downsampling_factor: Model input has 500 Hz divided by this.
         compat: "corrected" or "published" preprocessing.
+        splits_from: A table of splits instead of the store's own, see :func:`hubert_ecg.data.folds.read_splits`.
         cache_dir: Where stores are kept, see :func:`hubert_ecg.config.cache_root`.
         num_workers: Processes that read and prepare; 0 does it in this one.
         progress: Show a progress bar on stderr.
@@ -110,14 +120,24 @@ def open_store(
         UserError: The data cannot be had, or a given store has other settings.
     """
     settings = Settings(downsampling_factor, compat)
+    splits = None if splits_from is None else read_splits(splits_from)
+
+    def with_splits(store: Store) -> Store:
+        if splits is None:
+            return store
+        folds = given_folds(splits, store.column("record_id"), store.column("source"), str(splits_from))
+        if progress and (left_out := folds.count(NO_FOLD)):
+            _console().print(f"{splits_from} leaves out {left_out} of {len(store)} records", highlight=False)
+        return Store(store.path, np.array(folds))
+
     if data_path is not None and is_store(data_path):
-        return _matching(Store(data_path), dataset, settings)
+        return with_splits(_matching(Store(data_path), dataset, settings))
     if data_path is None and dataset == "auto":
         raise UserError("which recordings? Give their folder with --data_path, or a data set with --dataset")
     source = open_dataset(dataset, data_path, sampling_rate_hz=sampling_rate, lead_names=lead_list(lead_names))
     folder = cache_root(None if cache_dir is None else Path(cache_dir)) / "stores"
     folder /= f"{source.name}-{_plan(source, settings)['hash'][:16]}"
-    return build(source, folder, settings, num_workers=num_workers, progress=progress)
+    return with_splits(build(source, folder, settings, num_workers=num_workers, progress=progress))
 
 
 def check_task(dataset: str, data_path: str | Path | None, task: str) -> None:
@@ -144,6 +164,7 @@ def build(
     num_workers: int = 0,
     progress: bool = False,
     shard_records: int = SHARD_RECORDS,
+    splits_from: str | Path | None = None,
 ) -> Store:
     """Pack a data set into a folder, or finish what an earlier run began there; a finished store is opened.
 
@@ -154,6 +175,8 @@ def build(
     """
     folder, settings = Path(folder), settings or Settings()
     plan = _plan(dataset, settings) | {"shard_records": shard_records}
+    if splits_from is not None:
+        plan["splits"] = read_splits(splits_from)
     if (folder / MANIFEST).is_file():
         return _finished(folder, plan)
     if (
@@ -185,7 +208,7 @@ def build(
             )
         write_text(begun, json.dumps(plan, indent=1))
         (folder / SHARDS).mkdir(exist_ok=True)
-        _pack(dataset, folder, settings, plan, num_workers, progress)
+        _pack(dataset, folder, settings, plan, num_workers, progress, splits_from)
         store = Store(folder)
         if progress:
             _tell(store)
@@ -218,7 +241,7 @@ def _code_hash() -> str:
 
 def _finished(folder: Path, plan: dict[str, Any]) -> Store:
     store = Store(folder)
-    if store.manifest["plan"]["hash"] != plan["hash"]:
+    if any(store.manifest["plan"].get(key) != plan.get(key) for key in ("hash", "splits")):
         raise UserError(f"{folder} holds a store of other data or settings: delete it, or choose another folder")
     return store
 
@@ -250,14 +273,34 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
         lock.release()
 
 
-def _pack(
-    dataset: Dataset, folder: Path, settings: Settings, plan: dict[str, Any], num_workers: int, progress: bool
-) -> None:
-    entries = dataset.entries()
-    task = next((task for task in dataset.tasks if dataset.problem_of(task) != "regression"), None)
-    folds = assign_folds(entries, task)
-    official = all(entry.fold is not None for entry in entries)
+def _with_splits(
+    dataset: Dataset, splits: dict[str, int] | None, splits_from: str | Path | None
+) -> tuple[list[Entry], dict[str, Any]]:
+    """The entries as they are packed, with folds and learnable labels, and what the manifest says of both."""
+    entries, dropped = learnable(dataset.entries(), dataset.synonyms, keep_lone=splits is not None)
+    if splits is not None:
+        said = "given"
+        names = [entry.record_id for entry in entries], [entry.source for entry in entries]
+        folds = given_folds(splits, *names, str(splits_from))
+    else:
+        official = all(entry.fold is not None for entry in entries)
+        said = "official" if official else f"by patient, labels spread evenly, seed {FOLD_SEED}"
+        task = next((task for task in dataset.tasks if dataset.problem_of(task) != "regression"), None)
+        folds = assign_folds(entries, task)
     entries = [dataclasses.replace(entry, fold=fold) for entry, fold in zip(entries, folds, strict=True)]
+    return entries, {"folds": said, "dropped_labels": dropped}
+
+
+def _pack(
+    dataset: Dataset,
+    folder: Path,
+    settings: Settings,
+    plan: dict[str, Any],
+    num_workers: int,
+    progress: bool,
+    splits_from: str | Path | None,
+) -> None:
+    entries, split_facts = _with_splits(dataset, plan.get("splits"), splits_from)
     size = plan["shard_records"]
     shards = [entries[start : start + size] for start in range(0, len(entries), size)]
     todo = [position for position in range(len(shards)) if not _part(folder, position).is_file()]
@@ -280,7 +323,7 @@ def _pack(
             if len(results) == len(shards[position]):
                 _write_shard(folder, position, results, schema, settings)
                 results = []
-    _finish(dataset, folder, settings, plan, len(shards), official)
+    _finish(dataset, folder, settings, plan, len(shards), split_facts)
 
 
 def _schema(dataset: Dataset) -> pa.Schema:
@@ -346,7 +389,12 @@ def _write_shard(folder: Path, position: int, results: list[Result], schema: pa.
 
 
 def _finish(
-    dataset: Dataset, folder: Path, settings: Settings, plan: dict[str, Any], num_shards: int, official: bool
+    dataset: Dataset,
+    folder: Path,
+    settings: Settings,
+    plan: dict[str, Any],
+    num_shards: int,
+    split_facts: dict[str, Any],
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -382,7 +430,8 @@ def _finish(
         "stored_rate_hz": settings.stored_rate_hz,
         "leads": list(LEADS),
         "settings": dataclasses.asdict(settings),
-        "folds": "official" if official else f"by patient, seed {FOLD_SEED}",
+        **split_facts,
+        "splits_hash": _write_splits(folder / SPLITS_TABLE, table),
         "problem": dataset.problem,
         "tasks": list(dataset.tasks),
         "label_names": {task: sorted(names) for task, names in label_names.items()},
@@ -399,6 +448,15 @@ def _finish(
     (folder / BUILDING).unlink()
 
 
+def _write_splits(path: Path, table: pa.Table) -> str:
+    """Which record is in which split, as ``--splits_from`` reads it. Returns the hash of the file."""
+    frame = table.select(["record_id", "patient_id", "fold"]).to_pandas()
+    frame["split"] = frame["fold"].map(split_name)
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False)
+    return file_hash(path)
+
+
 def _tell(store: Store) -> None:
     """Says what was packed, and names what was not."""
     say = functools.partial(_console().print, highlight=False, markup=False, soft_wrap=True)
@@ -407,6 +465,8 @@ def _tell(store: Store) -> None:
         say(f"  {source}: {reason}")
     if len(store.skipped) > _SKIPPED_SHOWN:
         say(f"  and {len(store.skipped) - _SKIPPED_SHOWN} more in {store.path / MANIFEST}")
+    for task, labels in store.manifest["dropped_labels"].items():
+        say(f"{task}: labels of one patient alone are left out: {', '.join(labels)}")
 
 
 def _console() -> Any:

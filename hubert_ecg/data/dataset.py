@@ -7,14 +7,17 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data.readers import READERS, read_record
 from hubert_ecg.data.record import Record
 from hubert_ecg.signal import LEADS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a fingerprint looks at beside recordings: label tables and signal files that headers point to.
 _TABLES = {".csv", ".dat"}
@@ -64,6 +67,8 @@ class Dataset(abc.ABC):
     name: ClassVar[str]
     tasks: tuple[str, ...] = ()
     problem: str = "multilabel"
+    # Labels that a task counts as another one; entries have them as published.
+    synonyms: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0, lead_names: tuple[str, ...] = LEADS
@@ -99,10 +104,10 @@ class Dataset(abc.ABC):
         return read_record(entry.path, self.sampling_rate_hz, self.lead_names)
 
     def label_names(self, task: str) -> tuple[str, ...]:
-        """The labels that occur in the data at hand, sorted."""
+        """The labels of a task that follow from the data at hand, sorted, see :func:`learnable`."""
         if task not in self.tasks:
             raise UserError(f"{self.name} has no task {task!r}; its tasks: {', '.join(self.tasks) or 'none'}")
-        return tuple(sorted({label for entry in self.entries() for label in entry.labels.get(task, ())}))
+        return tuple(sorted(carriers(learnable(self.entries(), self.synonyms)[0], task)))
 
     def fingerprint(self) -> str:
         """Changes when a file of the data set does: a hash of names, sizes and modification times."""
@@ -118,6 +123,51 @@ class Dataset(abc.ABC):
         """Records with what their entries say, read one at a time."""
         for entry in self.entries():
             yield describe(self.read(entry), entry)
+
+
+def patient_name(entry: Entry) -> str:
+    """Name of an entry's patient; an entry whose patient is not known is a patient of its own."""
+    return f"record {entry.record_id}" if entry.patient_id is None else f"patient {entry.patient_id}"
+
+
+def carriers(entries: Sequence[Entry], task: str) -> dict[str, set[str]]:
+    """Each label of a task and the patients who have it."""
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for entry in entries:
+        for label in entry.labels.get(task, ()):
+            found[label].add(patient_name(entry))
+    return found
+
+
+def learnable(
+    entries: Sequence[Entry], synonyms: Mapping[str, str], keep_lone: bool = False
+) -> tuple[list[Entry], dict[str, list[str]]]:
+    """The entries with the labels that a model is to learn: synonyms are one label, and labels of one patient alone are
+    left out, because no split could both train and test them.
+
+    Where every entry has an official fold, its labels are official too, and none is left out.
+
+    Returns:
+        The entries, and the labels left out of each task, sorted.
+    """
+    merged = list(entries)
+    if synonyms:
+        merged = [_relabelled(entry, lambda task, label: synonyms.get(label, label)) for entry in entries]
+    if keep_lone or all(entry.fold is not None for entry in entries):
+        return merged, {}
+    tasks = {task: None for entry in merged for task in entry.labels}
+    lone = {task: sorted(x for x, having in carriers(merged, task).items() if len(having) == 1) for task in tasks}
+    lone = {task: labels for task, labels in lone.items() if labels}
+    if lone:
+        merged = [
+            _relabelled(entry, lambda task, label: None if label in lone.get(task, ()) else label) for entry in merged
+        ]
+    return merged, lone
+
+
+def _relabelled(entry: Entry, rename: Callable[[str, str], str | None]) -> Entry:
+    labels = {task: {name for label in its if (name := rename(task, label))} for task, its in entry.labels.items()}
+    return dataclasses.replace(entry, labels={task: tuple(sorted(names)) for task, names in labels.items()})
 
 
 def describe(record: Record, entry: Entry) -> Record:
@@ -156,6 +206,24 @@ def locate(folder: Path, name: str) -> Path | None:
     if (folder / name).is_file():
         return folder / name
     return next(iter(sorted(folder.glob(f"*/{name}"))), None) if folder.is_dir() else None
+
+
+def read_table(dataset: str, path: Path, columns: Collection[str]) -> pd.DataFrame:
+    """A CSV file as text, blanks as ""; it must have these columns.
+
+    Raises:
+        UserError: It cannot be read, or lacks a column.
+    """
+    import pandas as pd
+
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{dataset}: {path} cannot be read: {error}") from error
+    missing = sorted(set(columns) - set(rows.columns))
+    if missing:
+        raise UserError(f"{dataset}: {path} has no column {', '.join(missing)}")
+    return rows
 
 
 def sex_name(value: object) -> str | None:

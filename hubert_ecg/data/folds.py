@@ -1,51 +1,192 @@
-"""Folds 1 to 10 for data sets that publish none: by patient, alike in labels, and the same on every machine."""
+"""Splits: folds 1 to 8 train, 9 validates and 10 tests.
+
+Official folds hold where a data set publishes them. Elsewhere they are dealt: all records of a patient into one fold,
+each label spread evenly (iterative stratification: Sechidis et al., On the stratification of multi-label data, ECML
+2011, by the library iterative-stratification), the same on every machine. A label of one patient is dropped, of two
+goes to train and test, of three or more to each of the three splits. A table of the user's may say otherwise.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from hubert_ecg.data.dataset import Entry
+from hubert_ecg.config import UserError
+from hubert_ecg.data.dataset import Entry, number, patient_name
 
 NUM_FOLDS = 10
+VALIDATION_FOLD, TEST_FOLD = 9, 10
+# Of a record that a given table of splits leaves out: it is in no split.
+NO_FOLD = 0
 # Not a run's seed: a model trained under one seed must not meet its training records in a test under another.
 FOLD_SEED = 0
 # A small set fills train, validation and test first.
 _FIRST_BLOCK = (1, 9, 10, 2, 3, 4, 5, 6, 7, 8)
+# Shares of fewer patients than a few a fold mean nothing: they are dealt.
+_FEW = 3 * NUM_FOLDS
+_SPLITS = {"train": 1, "training": 1, "test": TEST_FOLD}
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), VALIDATION_FOLD)
+_ID_COLUMNS = ("record_id", "filename", "file_name", "ecg_id", "record")
+
+
+def split_name(fold: int) -> str:
+    """ "train", "validation" or "test"; "" for a record of no split."""
+    if fold == NO_FOLD:
+        return ""
+    return {VALIDATION_FOLD: "validation", TEST_FOLD: "test"}.get(fold, "train")
 
 
 def assign_folds(entries: Sequence[Entry], task: str | None = None, seed: int = FOLD_SEED) -> list[int]:
     """The fold of each entry: its official one, else one dealt to its patient.
 
-    Patients in the order of their label combinations, at random within one, are dealt to the ten folds in blocks of
-    ten, so that each combination spreads over the folds.
-
     Args:
         entries: The entries; those without patient_id are patients of their own.
         task: The task whose labels are spread; None deals at random.
-        seed: Seed of the order and the deal.
+        seed: Seed of the deal. Neither the order of the entries nor anything else matters.
     """
-    patients = [
-        f"record {entry.record_id}" if entry.patient_id is None else f"patient {entry.patient_id}" for entry in entries
-    ]
     folds: dict[str, int] = {}
     labels: dict[str, frozenset[str]] = {}
     none: frozenset[str] = frozenset()
-    for patient, entry in zip(patients, entries, strict=True):
+    for entry in entries:
+        patient = patient_name(entry)
         if entry.fold is not None:
             folds.setdefault(patient, entry.fold)
         known, found = labels.get(patient, none), entry.labels.get(task, ()) if task else ()
         labels[patient] = known.union(found) if found else known
+    # Shuffled, and the same whatever the order of the entries.
+    shuffled = {patient: labels[patient] for patient in sorted(labels, key=lambda patient: _hash(seed, patient))}
+    _deal_rare(shuffled, folds, seed)
+    free = {patient: its for patient, its in shuffled.items() if patient not in folds}
+    spread = len(free) >= _FEW and any(free.values())
+    folds.update(_stratify(free, seed) if spread else _deal(free, set(folds.values()), seed))
+    return [entry.fold or folds[patient_name(entry)] for entry in entries]
 
-    def order(patient: str) -> tuple[tuple[str, ...], bytes]:
-        shuffled = hashlib.blake2b(f"{seed} {patient}".encode(errors="surrogateescape"))
-        return tuple(sorted(labels[patient])), shuffled.digest()
 
-    dealt = sorted((patient for patient in labels if patient not in folds), key=order)
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {name}".encode(errors="surrogateescape")).digest()
+
+
+def _deal_rare(labels: Mapping[str, frozenset[str]], folds: dict[str, int], seed: int) -> None:
+    """Of each label with fewer than ten patients, deals one to train, test and validation, in this order.
+
+    Ten folds alike in labels cannot do that: a test fold goes short of most labels that so few patients have.
+    """
+    patients: dict[str, list[str]] = {}
+    for patient, its in labels.items():
+        for label in its:
+            patients.setdefault(label, []).append(patient)
+    rare = [label for label, having in patients.items() if 1 < len(having) < NUM_FOLDS]
+    for label in sorted(rare, key=lambda label: (len(patients[label]), label)):
+        having = patients[label]
+        seen = {split_name(folds[patient]) for patient in having if patient in folds}
+        wanted = [split for split in ("train", "test", "validation")[: len(having)] if split not in seen]
+        for patient in having:
+            if wanted and patient not in folds:
+                split = wanted.pop(0)
+                train = 1 + _hash(seed, f"fold of {patient}")[0] % (VALIDATION_FOLD - 1)
+                folds[patient] = train if split == "train" else _SPLITS[split]
+
+
+def _deal(labels: Mapping[str, frozenset[str]], taken: Collection[int], seed: int) -> dict[str, int]:
+    """In the order of their labels, in blocks of ten; the first fills what is empty, train, validation, test first."""
+    order = sorted(labels, key=lambda patient: sorted(labels[patient]))
     rng = np.random.Generator(np.random.Philox(key=seed))
-    for start in range(0, len(dealt), NUM_FOLDS):
-        block = rng.permutation(NUM_FOLDS) + 1 if start else np.array(_FIRST_BLOCK)
-        folds.update(zip(dealt[start : start + NUM_FOLDS], block.tolist(), strict=False))
-    return [entry.fold or folds[patient] for patient, entry in zip(patients, entries, strict=True)]
+    block = [fold for fold in _FIRST_BLOCK if fold not in taken]
+    folds: list[int] = []
+    while len(folds) < len(order):
+        folds += block
+        block = (rng.permutation(NUM_FOLDS) + 1).tolist()
+    return dict(zip(order, folds, strict=False))
+
+
+def _stratify(labels: Mapping[str, frozenset[str]], seed: int) -> dict[str, int]:
+    from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+
+    patients = list(labels)
+    names = sorted(frozenset().union(*labels.values()))
+    column = {name: position for position, name in enumerate(names)}
+    # Every patient is one, which evens out the folds' sizes; nobody has the last, and two values make it a label table.
+    table = np.zeros((len(patients), len(names) + 2), dtype=bool)
+    table[:, -2] = True
+    for row, patient in enumerate(patients):
+        table[row, [column[name] for name in labels[patient]]] = True
+    folds = MultilabelStratifiedKFold(n_splits=NUM_FOLDS, shuffle=True, random_state=seed).split(table, table)
+    return {patients[row]: fold for fold, (_, rows) in enumerate(folds, start=1) for row in rows}
+
+
+def read_splits(path: str | Path) -> dict[str, int]:
+    """A table of splits: a CSV file with ``record_id`` or ``filename``, and ``fold`` (1 to 10) or ``split`` (train,
+    validation, test).
+
+    Returns:
+        The fold of each name.
+
+    Raises:
+        UserError: The file cannot be read, or says something else; the message names the line.
+    """
+    import pandas as pd
+
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--splits_from: {path} cannot be read: {error}") from error
+    columns = {name.strip().lower(): name for name in reversed(rows.columns)}
+    name_column = next((columns[name] for name in _ID_COLUMNS if name in columns), None)
+    fold_column = next((columns[name] for name in ("fold", "strat_fold", "split") if name in columns), None)
+    if name_column is None or fold_column is None:
+        raise UserError(
+            f"--splits_from: {path} must have a column record_id or filename, and a column fold or split, "
+            f"got {', '.join(rows.columns)}"
+        )
+    folds: dict[str, int] = {}
+    for line, (name, value) in enumerate(zip(rows[name_column], rows[fold_column], strict=True), start=2):
+        fold = fold_of(value)
+        if fold is None:
+            raise UserError(
+                f"--splits_from: {path}, line {line}: must be a fold from 1 to 10, or train, validation or test, "
+                f"got {value!r}"
+            )
+        if folds.setdefault(name.strip(), fold) != fold:
+            raise UserError(f"--splits_from: {path}, line {line}: {name} has two folds")
+    return folds
+
+
+def fold_of(value: object) -> int | None:
+    """The fold that a table's cell means; None for anything else. Training is fold 1 where all are one.
+
+    >>> fold_of("val"), fold_of("10"), fold_of(3.0), fold_of("11")
+    (9, 10, 3, None)
+    """
+    named = _SPLITS.get(str(value).strip().lower())
+    if named is not None:
+        return named
+    fold = number(value)
+    return int(fold) if fold is not None and fold in range(1, NUM_FOLDS + 1) else None
+
+
+def given_folds(
+    splits: Mapping[str, int], record_ids: Iterable[str], sources: Iterable[str], path: str | Path
+) -> list[int]:
+    """The fold of each record in a table of splits; ``NO_FOLD`` for one that the table leaves out.
+
+    A record goes by its id, its file, or the name of its file without folder and suffix.
+
+    Raises:
+        UserError: The table knows none of the records.
+    """
+    plain = {_stem(name): fold for name, fold in splits.items()}
+    folds = []
+    for record_id, source in zip(record_ids, sources, strict=True):
+        fold = splits.get(record_id, splits.get(source))
+        folds.append(plain.get(_stem(source), NO_FOLD) if fold is None else fold)
+    if not any(folds):
+        raise UserError(f"--splits_from: {path} has none of the records; it names {', '.join(list(splits)[:3])}, ...")
+    return folds
+
+
+def _stem(name: str) -> str:
+    """``folder/A0001.hea.npy`` is A0001."""
+    return name.replace("\\", "/").rsplit("/", 1)[-1].split(".", 1)[0]

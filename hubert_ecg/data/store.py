@@ -4,6 +4,7 @@ A store is a folder that may be moved::
 
     store.json          settings, tasks, label names, shard sizes and hashes, skipped files; written last
     index.parquet       one row per record
+    splits.csv          fold and split of each record
     shards/00000.bin    samples, int16 or float16; record after record, each [12, num_samples] in row order
     labels/NAME.npy     precomputed labels of tokens, where there are any; see hubert_ecg.data.label_sets
 
@@ -25,6 +26,7 @@ import torch
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data import label_sets
+from hubert_ecg.data.folds import NO_FOLD, TEST_FOLD, VALIDATION_FOLD
 from hubert_ecg.data.gather import Gather, open_shards
 from hubert_ecg.data.label_sets import LabelSet, LabelWriter
 from hubert_ecg.data.record import Record
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST, BUILDING, INDEX, SHARDS = "store.json", "building.json", "index.parquet", "shards"
 SPLITS = ("train", "validation", "test", "all")
-_VALIDATION_FOLD, _TEST_FOLD = 9, 10
 # Columns of the index that say where samples lie, and those that a record carries.
 _PLACES = {"shard", "offset", "scale", "present"}
 _FACTS = ("record_id", "source", "patient_id", "fold", "age", "sex")
@@ -67,6 +68,7 @@ class Store:
 
     Args:
         path: The store's folder.
+        folds: Other folds than those it was packed with, ``[N]``; 0 is a record of no split.
 
     Attributes:
         sampling_rate_hz: Rate of model input from this store.
@@ -83,8 +85,9 @@ class Store:
         UserError: The folder is no store, or one that is unfinished, damaged, or of another version.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, folds: np.ndarray | None = None):
         self.path = Path(path)
+        self._given_folds = folds
         manifest = _read_manifest(self.path)
         self.manifest = manifest
         settings = manifest["settings"]
@@ -100,7 +103,7 @@ class Store:
         self._check()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.path,)
+        return Store, (self.path, self._given_folds)
 
     def __len__(self) -> int:
         return int(self.manifest["num_records"])
@@ -154,6 +157,11 @@ class Store:
         """One column of :attr:`index`, ``[N]``, without reading the others: of a large store, they fill the memory."""
         return self._read(name)[name].to_numpy()
 
+    @property
+    def splits(self) -> str:
+        """Where the folds come from: "official", "by patient, ..." or "given"."""
+        return self.manifest["folds"] if self._given_folds is None else "given"
+
     @functools.cached_property
     def num_samples(self) -> np.ndarray:
         """Length of each record at ``stored_rate_hz``, ``[N] int64``."""
@@ -161,8 +169,9 @@ class Store:
 
     @functools.cached_property
     def folds(self) -> np.ndarray:
-        """Fold 1 to 10 of each record, ``[N] int64``."""
-        return self.column("fold").astype(np.int64)
+        """Fold 1 to 10 of each record, ``[N] int64``; 0 for one that given splits leave out."""
+        folds = self.column("fold") if self._given_folds is None else self._given_folds
+        return np.asarray(folds, dtype=np.int64)
 
     def gather(
         self,
@@ -221,8 +230,8 @@ class Store:
         if name == "all":
             return np.arange(len(self), dtype=np.int64)
         if name == "train":
-            return np.flatnonzero(self.folds < _VALIDATION_FOLD)
-        return np.flatnonzero(self.folds == (_VALIDATION_FOLD if name == "validation" else _TEST_FOLD))
+            return np.flatnonzero((self.folds != NO_FOLD) & (self.folds < VALIDATION_FOLD))
+        return np.flatnonzero(self.folds == (VALIDATION_FOLD if name == "validation" else TEST_FOLD))
 
     def problem_of(self, task: str) -> str:
         """ "multilabel" or "regression"."""

@@ -78,6 +78,7 @@ def _write(config: EvaluateConfig, found: Assessment) -> None:
                 "source": found.store.dataset,
                 "records": len(found.records),
                 "records without a label of the task": unlabelled,
+                "splits": str(config.splits_from) if config.splits_from else found.store.splits,
             },
             "Settings": to_json(config),
             "Versions": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hubert_ecg.config import FinetuneConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, save_file
 from hubert_ecg.models.pretrained import locate, read_weights
 from hubert_ecg.train import distributed, machine, parallel
+from hubert_ecg.train.augment import Augment, augmentations
 from hubert_ecg.train.logs import check_wandb, say
 from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
@@ -53,6 +55,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         RunError: If the loss is not finite.
     """
     check_wandb(config.wandb)
+    augmentations(config.augment)
     data.check_task(config.dataset, config.data_path, config.task)
     with distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
         parallel.check(config)
@@ -166,11 +169,18 @@ class TaskRecords:
             f"{len(self.train)} records train, {len(self.validation)} validate, "
             f"{len(self.label_names)} {'label' if len(self.label_names) == 1 else 'labels'} ({self.problem})"
         )
+        self._tell_unlabelled(config)
         if self.problem != "regression":
             without = (self.targets[self.train] == 1).sum(0) == 0
             if without.any():
                 names = ", ".join(name for name, missing in zip(self.label_names, without, strict=True) if missing)
                 self.news.append(f"no positive training record for {names}")
+
+    def _tell_unlabelled(self, config: FinetuneConfig) -> None:
+        used = np.concatenate((self.store.split("train"), self.store.split("validation")))
+        if self.problem == "multilabel" and (count := int((self.targets[used].sum(1) == 0).sum())):
+            what = "kept as negatives" if config.unlabelled == "keep" else "left out"
+            self.news.append(f"{count} records without a label of the task are {what} (--unlabelled)")
 
     def _usable(self, records: np.ndarray, config: FinetuneConfig) -> np.ndarray:
         targets = self.targets[records]
@@ -282,6 +292,8 @@ class Classification(Objective):
         self.validation = even_loader(
             records.store, self.share.indices, config.batch_size, config.num_crops, config.crop_s, config.num_workers
         )
+        rate_hz = records.store.sampling_rate_hz
+        self.augment = None if config.augment is None else Augment(config.augment, config.seed, rate_hz)
         self._last_scores = np.empty((0, 0))
 
     def train_mode(self) -> None:
@@ -296,8 +308,11 @@ class Classification(Objective):
 
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.targets[batch.index.to(self.device, non_blocking=True)]
+        batch = dataclasses.replace(batch, ecg=batch.ecg.to(self.device, non_blocking=True))
+        if self.augment is not None:
+            batch = self.augment(batch, step)
         output = self.model(
-            batch.ecg.to(self.device, non_blocking=True),
+            batch.ecg,
             targets=targets,
             lengths=lead_lengths(batch),
             pos_weight=self.weight,

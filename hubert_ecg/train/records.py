@@ -27,6 +27,7 @@ def open_records(config: DataConfig | LabelledConfig, downsampling_factor: int, 
         lead_names=config.lead_names,
         downsampling_factor=downsampling_factor,
         compat=compat,
+        splits_from=getattr(config, "splits_from", None),
         cache_dir=config.cache_dir,
         num_workers=config.num_workers,
     )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import collections
 import csv
 
 import numpy as np
@@ -8,9 +7,8 @@ import pandas as pd
 import pytest
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data import DATASETS, Entry, ReadError, default_data_path, open_dataset
+from hubert_ecg.data import DATASETS, ReadError, default_data_path, open_dataset
 from hubert_ecg.data.datasets.challenge import snomed
-from hubert_ecg.data.folds import assign_folds
 from hubert_ecg.signal import LEADS
 
 HEADER = "{name} 12 500 10 {date}\n" + "".join(f"{{name}}.mat 16+24 1000/mV 16 0 0 0 0 {lead}\n" for lead in LEADS)
@@ -337,28 +335,3 @@ def test_every_data_set_is_described():
     for name, dataset in DATASETS.items():
         assert dataset.name == name
         assert dataset.__doc__
-
-
-def test_folds_keep_patients_together_and_labels_apart():
-    rng = np.random.default_rng(0)
-    labels = rng.choice(["A", "B", "C"], 2000)
-    entries = [Entry(f"{k}", patient_id=f"p{k // 2}", labels={"all": (label,)}) for k, label in enumerate(labels)]
-    folds = assign_folds(entries, "all")
-    assert folds == assign_folds(entries, "all")
-    assert folds != assign_folds(entries, "all", seed=1)
-    by_patient = collections.defaultdict(set)
-    for entry, fold in zip(entries, folds, strict=True):
-        by_patient[entry.patient_id].add(fold)
-    assert {len(of_patient) for of_patient in by_patient.values()} == {1}
-    assert collections.Counter(folds).keys() == set(range(1, 11))
-    assert min(collections.Counter(folds).values()) >= 190
-    rare = [Entry(f"r{k}", labels={"all": ("R",) if k % 50 == 0 else ()}) for k in range(1000)]
-    spread = collections.Counter(f for e, f in zip(rare, assign_folds(rare, "all"), strict=True) if e.labels["all"])
-    assert set(spread.values()) == {2}
-
-
-def test_folds_of_few_records_and_official_ones():
-    entries = [Entry(f"{k}") for k in range(3)]
-    assert sorted(assign_folds(entries)) == [1, 9, 10]
-    entries = [Entry("a", patient_id="p", fold=4), Entry("b", patient_id="p"), Entry("c", patient_id="q")]
-    assert assign_folds(entries)[:2] == [4, 4]

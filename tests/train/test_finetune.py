@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -118,6 +119,26 @@ def test_the_same_command_gives_the_same_model_and_an_interrupted_one_too(config
     lines = [run["metrics_csv"].read_text().splitlines() for run in (once, again)]
     first, second = ([line.rsplit(",", len(COLUMNS))[0] for line in log] for log in lines)
     assert first == second
+
+
+def test_augmented_runs_repeat_and_continue(config, tmp_path, monkeypatch):
+    plain, once = (train.finetune(config(output_dir=tmp_path / str(name), augment=name)) for name in (None, "all"))
+    loss = Classification.loss
+
+    def stop(self, batch, step, micro):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, batch, step, micro)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "loss", stop)
+        with pytest.raises(Interrupted):
+            train.finetune(config(output_dir=tmp_path / "b", augment="all"))
+    again = train.finetune(config(output_dir=tmp_path / "b", augment="all", resume=True))
+    weights = [state(run["model"]) for run in (plain, once, again)]
+    assert_same_weights(weights[1], weights[2])
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights[0], weights[1])
 
 
 @pytest.mark.parametrize("frozen", ["encoder", "extractor", "nothing"])
@@ -299,8 +320,12 @@ def test_records_without_a_label_can_be_dropped(config, cohort):
     train_records = cohort.split("train")
     targets[train_records[:4]] = 0
     store = Relabelled(cohort, targets, cohort.label_names("all"))
-    assert set(train_records[:4]) <= set(TaskRecords(store, config()).train)
-    assert not set(train_records[:4]) & set(TaskRecords(store, config(unlabelled="drop")).train)
+    kept, dropped = (TaskRecords(store, config(unlabelled=choice)) for choice in ("keep", "drop"))
+    assert set(train_records[:4]) <= set(kept.train)
+    assert not set(train_records[:4]) & set(dropped.train)
+    for records, what in ((kept, "kept as negatives"), (dropped, "left out")):
+        (line,) = (line for line in records.news if "without a label" in line)
+        assert re.fullmatch(rf"\d+ records without a label of the task are {what} \(--unlabelled\)", line)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +337,8 @@ def test_records_without_a_label_can_be_dropped(config, cohort):
         ({"pretrained_model": "random:huge"}, "size must be one of"),
         ({"problem": "regression"}, "is multilabel, got regression"),
         ({"label_share": 0.0}, "label_share must be"),
+        ({"augment": "scale,flip"}, "--augment must be of warp, scale, .*, or all, got 'scale,flip'"),
+        ({"splits_from": Path("/nowhere/splits.csv")}, "--splits_from: /nowhere/splits.csv cannot be read"),
         ({"device": "cuda:77"}, "device: "),
         ({"precision": "float16"}, "float16 needs a CUDA device"),
     ],

@@ -8,10 +8,15 @@ from pathlib import Path
 from hubert_ecg.config import UserError
 from hubert_ecg.data.dataset import Dataset, Entry
 from hubert_ecg.data.datasets.challenge import Challenge, Chapman, Cpsc, CpscExtra, Georgia, Ningbo, Ptb
+from hubert_ecg.data.datasets.code15 import Challenge2025, Code15, SamiTrop
+from hubert_ecg.data.datasets.cpsc2018 import Cpsc2018
 from hubert_ecg.data.datasets.csv_table import CsvTable
 from hubert_ecg.data.datasets.folder import Folder
 from hubert_ecg.data.datasets.hefei import Hefei
+from hubert_ecg.data.datasets.ludb import Ludb
+from hubert_ecg.data.datasets.ptbdb import PtbDiagnostic
 from hubert_ecg.data.datasets.ptbxl import PtbXl
+from hubert_ecg.data.datasets.sph import Sph
 from hubert_ecg.data.synthetic import Cohort
 from hubert_ecg.signal import LEADS
 
@@ -21,6 +26,13 @@ DATASETS: dict[str, type[Dataset]] = {
     "ptbxl": PtbXl,
     "hefei": Hefei,
     "csv": CsvTable,
+    "sph": Sph,
+    "code15": Code15,
+    "samitrop": SamiTrop,
+    "ludb": Ludb,
+    "cpsc2018": Cpsc2018,
+    "ptbdb": PtbDiagnostic,
+    "challenge2025": Challenge2025,
     "chapman": Chapman,
     "ningbo": Ningbo,
     "cpsc": Cpsc,
