@@ -13,7 +13,7 @@ from torch import Tensor
 from hubert_ecg import clustering, data
 from hubert_ecg.config import PretrainConfig, to_json
 from hubert_ecg.features import token_places
-from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file, token_mask
+from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, num_tokens, save_file, token_mask
 from hubert_ecg.ops import span_mask
 from hubert_ecg.train import distributed, machine, sharded_checkpoint
 from hubert_ecg.train.cluster_use import ClusterUse
@@ -127,14 +127,8 @@ class MaskedPrediction(Objective):
         self._places = token_places(self.validation.num_samples, shape.sampling_rate_hz).to(device)
 
     def counts(self, batch: data.Batch, step: int, micro: int) -> Sequence[float] | Tensor:
-        inputs = self._prepared[micro] = self._inputs(batch, 0, step)
-        _, labels, lengths, mask = inputs
-        num_samples = batch.ecg.shape[-1]
-        if bool((lengths < num_samples).any()):
-            valid = token_mask(self.model.config, lengths, num_samples).to(mask.device, non_blocking=True)
-            masked = valid.gather(1, mask).sum()
-            return torch.stack([masked, valid.sum() - masked])[: 1 if self.config.alpha == 1 else 2]
-        return (mask.numel(),) if self.config.alpha == 1 else (mask.numel(), labels[0].numel() - mask.numel())
+        ecg, _, lengths, mask = self._prepared[micro] = self._inputs(batch, 0, step)
+        return self._num_tokens(ecg, lengths, mask)[: 1 if self.config.alpha == 1 else 2]
 
     def loss(self, batch: data.Batch, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         self._step = step + 1
@@ -149,27 +143,40 @@ class MaskedPrediction(Objective):
         return torch.stack([alpha * output.masked_loss, (1 - alpha) * output.unmasked_loss]), metrics
 
     def validate(self, poll: Callable[[], None]) -> dict[str, float]:
-        sums = torch.zeros(4, device=self.device)
+        # Masked and accuracy are means over masked tokens, unmasked over the others: then the batches do not matter.
+        sums, counts = torch.zeros(3, device=self.device), torch.zeros(3, device=self.device)
         use = ClusterUse(self.model.config.vocab_sizes, self.device)
         for batch in self.share.polled(self.validation.batches(0), poll):
             ecg, labels, lengths, mask = self._inputs(batch, 1)
             output = self.model(ecg, labels=labels, mask_indices=mask, lengths=lengths, alpha=0.5)
-            means = output.masked_loss, output.unmasked_loss, output.accuracy, torch.ones_like(output.accuracy)
-            sums += len(batch.index) * torch.stack(means).float()
+            masked, unmasked = self._num_tokens(ecg, lengths, mask)
+            counted = torch.stack([masked, unmasked, masked])
+            counts += counted
+            sums += counted * torch.stack([output.masked_loss, output.unmasked_loss, output.accuracy]).float()
             use.add(labels, self.model.likeliest(output.last_hidden_state), output.valid)
-        for counts in use.counts:
-            distributed.add_up(counts)
-        sums = distributed.add_up(sums)
+        for of_both in use.counts:
+            distributed.add_up(of_both)
+        means = distributed.add_up(sums) / distributed.add_up(counts).clamp_min(1)
         self._raise_alarms(use)
-        masked, unmasked, accuracy = (sums[:3] / sums[3]).tolist()
+        masked_loss, unmasked_loss, accuracy = means.tolist()
         alpha = self.config.alpha
         return {
-            "loss": masked if alpha == 1 else alpha * masked + (1 - alpha) * unmasked,
-            "masked_loss": masked,
-            "unmasked_loss": unmasked,
+            "loss": masked_loss if alpha == 1 else alpha * masked_loss + (1 - alpha) * unmasked_loss,
+            "masked_loss": masked_loss,
+            "unmasked_loss": unmasked_loss,
             "accuracy": accuracy,
             **use.metrics(),
         }
+
+    def _num_tokens(self, ecg: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """``[2]``: how many masked tokens and how many others are no padding; asked of no device."""
+        num_samples = ecg.shape[-1]
+        if bool((lengths >= num_samples).all()):
+            total = len(ecg) * num_tokens(self.model.config, ecg.shape[1] * num_samples)
+            return torch.tensor([mask.numel(), total - mask.numel()]).to(mask.device, non_blocking=True)
+        valid = token_mask(self.model.config, lengths, num_samples).to(mask.device, non_blocking=True)
+        masked = valid.gather(1, mask).sum()
+        return torch.stack([masked, valid.sum() - masked])
 
     def _raise_alarms(self, use: ClusterUse) -> None:
         """Say what is wrong with clusters, once until it is mended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import dataclasses
 import functools
 import math
 
@@ -21,10 +22,12 @@ from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, HubertECGForPretraining
 from hubert_ecg.models.hubert_ecg import Backbone
 from hubert_ecg.train import checkpoint, loop
-from hubert_ecg.train.pretrain import MaskedPrediction, model_config
-from hubert_ecg.train.pseudo_labels import fit_kmeans
+from hubert_ecg.train.pretrain import MaskedPrediction
+from hubert_ecg.train.pseudo_labels import PseudoLabels
 from hubert_ecg.train.records import random_crops
 from hubert_ecg.train.regularisation import DynamicRegularisation
+from hubert_ecg.train.run import open_run
+from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.throughput import forward_flops, peak_memory_gb, peak_tflops, training_flops
 
 from .test_pretrain import settings
@@ -57,12 +60,12 @@ class Numbers(TorchFunctionMode):
 
 def pretraining_loop(cohort, folder, device, **fields):
     config = settings(folder, cohort.path, batch_size=4, **fields)
-    shape = model_config(config)
-    kmeans, _ = fit_kmeans(cohort, cohort.split("train"), config, shape, CPU)
-    shape.vocab_sizes = [8]
+    run = open_run(config, "pretrain", CPU)
+    labels = PseudoLabels(dataclasses.replace(run, device=device).featuriser, find_targets(run))
     torch.manual_seed(0)
-    objective = MaskedPrediction(config, shape, kmeans, cohort, cohort.split("validation"), device)
-    loader = random_crops(cohort, cohort.split("train"), config, shuffle=True, device=device)
+    shape = dataclasses.replace(run.shape, vocab_sizes=[8])
+    objective = MaskedPrediction(config, shape, labels, run.store, run.validation, device)
+    loader = random_crops(run.store, run.train, config, shuffle=True, device=device)
     return loop.Loop(config, objective, loader, folder=folder, device=device)
 
 
