@@ -1,4 +1,4 @@
-"""The README's Python runs and prints what it shows; its commands are understood."""
+"""The Python of the README and of the pages in docs/ runs and prints what it shows; commands are understood."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from hubert_ecg import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for line in README.splitlines() if line.startswith("hubert-ecg ")]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+COMMANDS = [line for text in (README, *PAGES.values()) for line in text.splitlines() if line.startswith("hubert-ecg ")]
+WITH_PYTHON = {name: text for name, text in {"README.md": README, **PAGES}.items() if "```python\n" in text}
 
 
-def test_python_prints_what_it_shows():
-    examples = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    test = doctest.DocTestParser().get_doctest(examples, {}, "README.md", "README.md", 0)
-    assert len(test.examples) >= 10
+def test_the_readme_has_examples():
+    assert README.count(">>> ") >= 10
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_prints_what_it_shows(name):
+    examples = "\n".join(re.findall(r"```python\n(.*?)```", WITH_PYTHON[name], re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(examples, {}, name, name, 0)
     said = []
     assert doctest.DocTestRunner().run(test, out=said.append).failed == 0, "".join(said)
 
@@ -48,5 +54,6 @@ def test_make_targets_exist():
 
 
 def test_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for folder, text in ((ROOT, README), *((ROOT / "docs", page) for page in PAGES.values())):
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("https://") or (folder / link).exists(), link
