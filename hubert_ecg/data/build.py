@@ -431,7 +431,7 @@ def _finish(
         "leads": list(LEADS),
         "settings": dataclasses.asdict(settings),
         **split_facts,
-        "splits_hash": _write_splits(folder / SPLITS_TABLE, table),
+        "splits_hash": _write_splits(folder),
         "problem": dataset.problem,
         "tasks": list(dataset.tasks),
         "label_names": {task: sorted(names) for task, names in label_names.items()},
@@ -448,13 +448,15 @@ def _finish(
     (folder / BUILDING).unlink()
 
 
-def _write_splits(path: Path, table: pa.Table) -> str:
-    """Which record is in which split, as ``--splits_from`` reads it. Returns the hash of the file."""
-    frame = table.select(["record_id", "patient_id", "fold"]).to_pandas()
+def _write_splits(folder: Path) -> str:
+    """Which record of the index is in which split, as ``--splits_from`` reads it. Returns the hash of the file."""
+    import pyarrow.parquet as pq
+
+    frame = pq.read_table(folder / INDEX, columns=["record_id", "patient_id", "fold"]).to_pandas()
     frame["split"] = frame["fold"].map(split_name)
-    with replacing(path) as temporary:
+    with replacing(folder / SPLITS_TABLE) as temporary:
         frame.to_csv(temporary, index=False)
-    return file_hash(path)
+    return file_hash(folder / SPLITS_TABLE)
 
 
 def _tell(store: Store) -> None:

@@ -226,15 +226,6 @@ def read_table(dataset: str, path: Path, columns: Collection[str]) -> pd.DataFra
     return rows
 
 
-def sex_name(value: object) -> str | None:
-    """ "female", "male" or None, from the spellings of the published tables.
-
-    >>> sex_name("F"), sex_name("Male"), sex_name("Unknown")
-    ('female', 'male', None)
-    """
-    return {"f": "female", "female": "female", "m": "male", "male": "male"}.get(str(value).strip().lower())
-
-
 def number(value: object) -> float | None:
     """A finite number, or None for a blank, NaN or "Unknown"."""
     try:

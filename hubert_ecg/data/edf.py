@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.record import Record, age_of, lead_name, mv_per_unit, sex_of, voltages
+from hubert_ecg.data.record import Record, age_of, lead_name, sex_of, voltages
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
@@ -35,9 +35,12 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) ->
         # The library warns and goes on where header and samples disagree.
         warnings.simplefilter("error")
         file = reader(path, header_encoding="latin-1")
-        leads = [item for item in file.signals if lead_name(item.label) and mv_per_unit(item.physical_dimension)]
-        if len(rates := {item.sampling_frequency for item in leads}) != 1:
+        leads = [item for item in file.signals if lead_name(item.label)]
+        if not leads:
             held = ", ".join(item.label for item in file.signals)
+            raise ValueError(f"edf.read: file must hold leads named I, II, V1, ..., got {held}")
+        if len(rates := {item.sampling_frequency for item in leads}) != 1:
+            held = ", ".join(item.label for item in leads)
             raise ValueError(f"edf.read: leads must be sampled at one rate, got {sorted(rates)} Hz in {held}")
         if not file.is_continuous:
             raise ValueError("edf.read: recording must be continuous, got EDF+D with gaps")

@@ -9,6 +9,7 @@ goes to train and test, of three or more to each of the three splits. A table of
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data.dataset import Entry, number, patient_name
+from hubert_ecg.data.readers import READERS
 
 NUM_FOLDS = 10
 VALIDATION_FOLD, TEST_FOLD = 9, 10
@@ -177,16 +179,26 @@ def given_folds(
     Raises:
         UserError: The table knows none of the records.
     """
-    plain = {_stem(name): fold for name, fold in splits.items()}
+    plain: dict[str, int | None] = {}
+    for name, fold in splits.items():
+        # Files of one name in several folders: without its folder, a name says nothing.
+        plain[plain_name(name)] = None if plain.get(plain_name(name), fold) != fold else fold
     folds = []
     for record_id, source in zip(record_ids, sources, strict=True):
         fold = splits.get(record_id, splits.get(source))
-        folds.append(plain.get(_stem(source), NO_FOLD) if fold is None else fold)
+        folds.append((plain.get(plain_name(source)) or NO_FOLD) if fold is None else fold)
     if not any(folds):
         raise UserError(f"--splits_from: {path} has none of the records; it names {', '.join(list(splits)[:3])}, ...")
     return folds
 
 
-def _stem(name: str) -> str:
-    """``folder/A0001.hea.npy`` is A0001."""
-    return name.replace("\\", "/").rsplit("/", 1)[-1].split(".", 1)[0]
+def plain_name(name: str) -> str:
+    """A file's name without its folder and its formats.
+
+    >>> plain_name("folder/A0001.hea.npy"), plain_name("visit.2.dat")
+    ('A0001', 'visit.2')
+    """
+    name = name.replace("\\", "/").rsplit("/", 1)[-1]
+    while (parts := os.path.splitext(name))[1].lower() in {*READERS, ".dat"}:
+        name = parts[0]
+    return name

@@ -55,12 +55,12 @@ def mv_per_unit(unit: object) -> float | None:
 
 
 def sex_of(text: object) -> str | None:
-    """ "female" or "male", by the first letter that a file's header has; None for anything else.
+    """ "female" or "male", as headers and tables spell them; None for anything else.
 
-    >>> sex_of("F"), sex_of("MALE"), sex_of("Unknown")
+    >>> sex_of("F"), sex_of("MALE"), sex_of("missing")
     ('female', 'male', None)
     """
-    return {"f": "female", "m": "male"}.get(str(text).strip()[:1].lower())
+    return {"f": "female", "female": "female", "m": "male", "male": "male"}.get(str(text).strip().lower())
 
 
 def age_of(text: object) -> float | None:

@@ -19,6 +19,10 @@ _TIME_NAMES = ("time", "t", "seconds")
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
+# Below it no QRS complex can be seen: such a time is in ms, or counts samples.
+_SLOWEST_HZ = 20.0
+
+
 def header(path: Path) -> tuple[str, ...]:
     """The columns of a text recording; empty when the file is another kind of text."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -72,6 +76,11 @@ def _rate_hz(time_s: np.ndarray) -> float:
     grid = time_s[0] + step * np.arange(len(time_s))
     if not step > 0 or not np.abs(time_s - grid).max() <= step / 2:
         raise ValueError("from_columns: time must grow in even steps, got gaps or none")
+    if step > 1 / _SLOWEST_HZ:
+        raise ValueError(
+            f"from_columns: time must give {_SLOWEST_HZ:g} Hz or more, got steps of {step:g} s; "
+            "name another unit: time (ms), or leave a column of counts out"
+        )
     return float(np.round(1 / step, 6))
 
 

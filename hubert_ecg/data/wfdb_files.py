@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from hubert_ecg.data.record import Record, age_of, sex_of, voltages
 
 # "1000.0(-16)/mV": gain, then baseline and unit where they are given.
 _GAIN = re.compile(r"(?P<gain>[-+.\deE]+)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>\S+))?")
+
+# Bits of a sample in the formats of a fixed size, and bytes that may follow the last one.
+_BITS = {"80": 8, "8": 8, "160": 16, "16": 16, "61": 16, "212": 12, "24": 24, "32": 32}
+_LARGEST_REST = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,14 @@ def read_header(path: Path) -> Header:
         elif line:
             lines.append(tuple(line.split()))
     return Header(tuple(lines), comments)
+
+
+def segments_of(path: Path) -> list[Path]:
+    """The headers of a multi-segment record's segments; none for any other record."""
+    lines = read_header(path).lines
+    if not lines or "/" not in lines[0][0]:
+        return []
+    return [path.with_name(line[0] + path.suffix) for line in lines[1:] if not re.search(r"[/\\]", line[0])]
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
@@ -130,6 +143,7 @@ def _read_one(path: Path, header: Header) -> tuple[np.ndarray, tuple[str, ...], 
         return _read_challenge_mat(path, header)
     if len(header.lines) - 1 != record.n_sig:
         raise ValueError(f"wfdb_files.read: header must describe {record.n_sig} signals, got {len(header.lines) - 1}")
+    _check_sizes(path, record)
     _check_sums(record.d_signal.T, record.sig_name, record.checksum)
     signal, names = voltages(record.dac(return_res=32).T, record.sig_name, record.units)
     return signal, names, float(record.fs)
@@ -159,6 +173,18 @@ def _read_challenge_mat(path: Path, header: Header) -> tuple[np.ndarray, tuple[s
     baseline = np.array([float(f["baseline"] or line[4]) for f, line in zip(fields, signal_lines, strict=True)])
     signal, kept = voltages((val - baseline[:, None]) / gain, names, [f["unit"] for f in fields])
     return signal, kept, float(record_line[2])
+
+
+def _check_sizes(path: Path, record: Any) -> None:
+    """Samples are interleaved: with a lead or some samples too few, a header gives them to other leads and times."""
+    for name in dict.fromkeys(record.file_name):
+        rows = [row for row, other in enumerate(record.file_name) if other == name]
+        bits = _BITS.get(record.fmt[rows[0]])
+        wanted = (record.byte_offset[rows[0]] or 0) + (bits or 0) * len(rows) * record.sig_len / 8
+        held = path.with_name(name).stat().st_size
+        # Some writers end with a whole word or block.
+        if bits and held >= wanted + max(_LARGEST_REST, bits * len(rows) / 8):
+            raise ValueError(f"wfdb_files.read: {name} must have {wanted:g} bytes, as the header says, got {held}")
 
 
 def _check_sums(samples: np.ndarray, names: Sequence[str], stated: Sequence[int | None]) -> None:

@@ -136,7 +136,7 @@ def variants(originals, tmp_path_factory):
 @pytest.mark.slow
 def test_a_thousand_damaged_files(variants, tmp_path):
     folder, made = variants
-    shapes = {path: read_record(path, 400) for path, _ in made.values()}
+    shapes = {path: read_record(path, 400) for path in {path for path, _ in made.values()}}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dataset = open_dataset("folder", folder, sampling_rate_hz=400)
     store = build(dataset, tmp_path / "store")

@@ -209,6 +209,21 @@ def test_hefei(hefei):
         np.testing.assert_allclose(leads[3], -(expected[0] + expected[1]) / 2, atol=1e-5)
 
 
+def test_hefei_rounds_and_test_sets_keep_apart(tmp_path):
+    for folder in ("hf_round1_testA", "train", "hf_round2_train"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.txt").write_text("I II\n")
+    for number in (1, 2):
+        (tmp_path / f"hf_round{number}_label.txt").write_text("1.txt\t40\tMALE\tx\n")
+    (tmp_path / "hf_round1_testA").rename(tmp_path / "testA")
+    sources = [entry.source for entry in open_dataset("hefei", tmp_path).entries()]
+    assert sources == ["train/1.txt", "hf_round2_train/1.txt"]
+    (tmp_path / "train" / "1.txt").unlink()
+    (tmp_path / "testA" / "1.txt").unlink()
+    entry = open_dataset("hefei", tmp_path).entries()[0]
+    assert (entry.record_id, entry.source) == ("hf_round1/1", "1.txt")
+
+
 def test_hefei_findings_outside_of_the_list(hefei):
     folder, _ = hefei
     (folder / "hf_round2_label.txt").write_text("1.txt\t40\tMALE\tx\n", encoding="utf-8")

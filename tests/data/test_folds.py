@@ -125,6 +125,10 @@ def test_tables_of_splits(tmp_path):
     entries = records([set()] * 5)
     names = [entry.record_id for entry in entries], [entry.source for entry in entries]
     assert given_folds(splits, *names, table) == [0, 1, 9, 10, 0]
+    # A name that leaves something open says nothing.
+    table.write_text("filename,split\na/1.txt,train\nb/1.txt,test\nvisit.1.npy,val\n")
+    sources = ["x/a/1.txt", "x/b/1.txt", "x/visit.1.npy", "x/visit.2.npy", "b/1.txt"]
+    assert given_folds(read_splits(table), sources, sources, table) == [0, 0, 9, 0, 10]
     table.write_text("record_id,fold,split\nr4,7,test\nr0,9,test\n")
     assert given_folds(read_splits(table), *names, table) == [9, 0, 0, 0, 7]
 

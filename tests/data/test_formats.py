@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hubert_ecg.data import READERS, ReadError, read_record
+from hubert_ecg.data import READERS, ReadError, open_dataset, read_record
 from hubert_ecg.data.record import lead_name
 from hubert_ecg.signal import LEADS, prepare_ecg_for_inference
 
@@ -191,7 +191,8 @@ def test_dicom_ages(save, tmp_path, text, years):
     ("old", "new", "message"),
     [
         (b"EDF+C", b"EDF+D", "EDF"),
-        (b"mV      ", b"Ohm     ", "one rate"),
+        (b"mV      ", b"Ohm     ", "unit of lead II must be a voltage, got Ohm"),
+        (b"II    ", b"EKG2  ", "must hold leads named I, II, V1, ..., got EKG2"),
         (b"5000    ", b"5001    ", "r.edf"),
     ],
 )
@@ -253,6 +254,26 @@ def test_a_gap_between_segments(save, tmp_path):
         read_record(tmp_path / "r.hea")
 
 
+def test_wfdb_headers_that_describe_less_than_there_is(save, tmp_path):
+    path = save("wfdb", tmp_path / "r", twelve(500, 2), 500, LEADS)
+    # Without checksums, which would tell.
+    first, *lines = re.sub(r" (-?\d+) 0 (\S+)$", r" 0 0 \2", path.read_text(), flags=re.MULTILINE).splitlines()
+    path.write_text("\n".join((first.replace("1000", "900"), *lines)))
+    with pytest.raises(ReadError, match=r"r\.dat must have 21600 bytes, as the header says, got 24000"):
+        read_record(path)
+    path.write_text("\n".join((first.replace(" 12 ", " 11 "), *lines[:11])))
+    with pytest.raises(ReadError, match=r"r\.dat must have 22000 bytes"):
+        read_record(path)
+    path.write_text("\n".join((first, *lines)))
+    assert read_record(path).signal.shape == (12, 1000)
+
+
+def test_segments_are_no_recordings_of_their_own(save, tmp_path):
+    save("wfdb_variable", tmp_path / "r", twelve(500, 1), 500, LEADS)
+    save("wfdb", tmp_path / "s", twelve(500, 1), 500, LEADS)
+    assert [entry.record_id for entry in open_dataset("folder", tmp_path).entries()] == ["r", "s"]
+
+
 def test_a_header_names_files_beside_it_alone(save, tmp_path):
     path = save("wfdb", tmp_path / "r", twelve(500, 1), 500, LEADS)
     for name in ("/dev/zero", "../r.dat", "s3://bucket/r.dat", "-"):
@@ -265,6 +286,7 @@ def test_a_header_names_files_beside_it_alone(save, tmp_path):
     ("header", "rows", "message"),
     [
         ("time,I", "0,1\n1,2\n1,3", "must grow in even steps"),
+        ("time,I", "0,1\n2,2\n4,3", r"20 Hz or more, got steps of 2 s; name another unit: time \(ms\)"),
         ("I,II", "1,2\n3", "columns"),
         ("I [Ohm],II", "1,2\n3,4", "unit of lead I must be a voltage"),
         ("time,t", "0,0\n1,1", "first line must name the leads"),

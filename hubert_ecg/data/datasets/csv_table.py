@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, sex_name, walk
-from hubert_ecg.data.folds import fold_of
+from hubert_ecg.data.dataset import Dataset, Entry, locate, number, walk
+from hubert_ecg.data.folds import fold_of, plain_name
 from hubert_ecg.data.readers import READERS
+from hubert_ecg.data.record import sex_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,12 +80,12 @@ class CsvTable(Dataset):
         stems = {Path(source).with_suffix("").as_posix(): files[source] for source in last}
         names: dict[str, list[Path]] = {}
         for stem, path in stems.items():
-            names.setdefault(_plain(stem), []).append(path)
+            names.setdefault(plain_name(stem), []).append(path)
         entries = []
         for row in self._rows().to_dict("records"):
             source = Path(str(row[self._roles["file"]]).strip()).as_posix()
             found = files.get(source) or stems.get(source) or stems.get(Path(source).with_suffix("").as_posix())
-            alike = names.get(_plain(source), [])
+            alike = names.get(plain_name(source), [])
             entries.append(self._entry(row, source, found or (alike[0] if len(alike) == 1 else root / source)))
         _check_unique(self._table, [entry.record_id for entry in entries])
         return entries
@@ -134,7 +135,7 @@ class CsvTable(Dataset):
     def _sex(self, value: Any) -> str | None:
         if str(self._roles["sex"]).strip().lower() == "is_male":
             return {1: "male", 0: "female"}.get(_as_bit(value))
-        return sex_name(value)
+        return sex_of(value)
 
 
 def _find_tables(folder: Path) -> list[tuple[Path, str | None]]:
@@ -153,11 +154,6 @@ def _find_tables(folder: Path) -> list[tuple[Path, str | None]]:
             f"got {found}"
         )
     return [(tables[0], None)]
-
-
-def _plain(name: str) -> str:
-    """``folder/A0001.hea.npy`` is A0001."""
-    return name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
 def _is_label(column: pd.Series) -> bool:

@@ -8,19 +8,22 @@ from hubert_ecg.config import UserError
 from hubert_ecg.data import text
 from hubert_ecg.data.dataset import Dataset, Entry, walk
 from hubert_ecg.data.readers import READERS
+from hubert_ecg.data.wfdb_files import segments_of
 
 
 class Folder(Dataset):
     """Every readable file below a folder is one recording and one patient; there are no labels.
 
-    A .mat file with a header beside it is part of a WFDB record; a .txt or .csv file counts when its first line
-    names leads.
+    A .mat file with a header beside it is part of a WFDB record, and so are the segments that a header lists; a .txt or
+    .csv file counts when its first line names leads.
     """
 
     name = "folder"
 
     def entries(self) -> list[Entry]:
         paths = [path for path in walk(self.data_path, READERS.keys()) if _is_recording(path)]
+        segments = {segment for path in paths if path.suffix.lower() == ".hea" for segment in segments_of(path)}
+        paths = [path for path in paths if path not in segments]
         if not paths:
             raise UserError(f"no recordings in {self.data_path}: looked for {', '.join(READERS)}")
         sources = [path.relative_to(self.data_path) for path in paths]

@@ -7,12 +7,13 @@ file, age, sex, then its findings. ``*_arrythmia.txt`` (the organisers' spelling
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, number, sex_name, walk
+from hubert_ecg.data.dataset import Dataset, Entry, number, walk
 from hubert_ecg.data.readers import read_record
-from hubert_ecg.data.record import Record
+from hubert_ecg.data.record import Record, sex_of
 
 _MV_PER_STEP = 4.88e-3
 
@@ -58,7 +59,7 @@ class Hefei(Dataset):
                         path=path,
                         source=path.relative_to(self.data_path).as_posix(),
                         age=number(age),
-                        sex=sex_name(sex),
+                        sex=sex_of(sex),
                         labels={"all": tuple(sorted(set(labels)))},
                     )
                 )
@@ -79,5 +80,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def _nearest(paths: list[Path], prefix: str) -> Path | None:
-    """The file in a folder of the table's round (hf_round1_train, ...), else the only or first one."""
-    return next((path for path in paths if any(prefix in part for part in path.parts)), paths[0] if paths else None)
+    """The file in a folder of the table's round, best one of training (hf_round1_train, ...); never another round's.
+
+    Rounds number their files alike, and test sets beside them have files of the same names.
+    """
+    rounds = {path: "/".join(path.parts[:-1]) for path in paths}
+    mine = [path for path in paths if prefix in rounds[path]]
+    mine = mine or [path for path in paths if not re.search(r"hf_round\d", rounds[path])]
+    return next((path for path in mine if "train" in rounds[path].rsplit("/", 1)[-1]), mine[0] if mine else None)

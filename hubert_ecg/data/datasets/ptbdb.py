@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, sex_name, walk
+from hubert_ecg.data.dataset import Dataset, Entry, walk
+from hubert_ecg.data.record import sex_of
 from hubert_ecg.data.wfdb_files import read_header
 
 _REASON = "reason for admission"
@@ -38,7 +39,7 @@ class PtbDiagnostic(Dataset):
                     source=source,
                     patient_id=folder if folder.startswith("patient") else None,
                     age=header.age,
-                    sex=sex_name(header.comments.get("sex")),
+                    sex=sex_of(header.comments.get("sex")),
                     labels={"all": (reason,) if reason and reason.lower() != "n/a" else ()},
                 )
             )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, sex_name
+from hubert_ecg.data.dataset import Dataset, Entry, locate, number
+from hubert_ecg.data.record import sex_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +77,7 @@ class PtbXl(Dataset):
             patient_id=None if patient is None else str(int(patient)),
             fold=int(row["strat_fold"]),
             age=_SHOWN_AGE if age == _HIDDEN_AGE else age,
-            sex={0.0: "male", 1.0: "female"}.get(sex) if sex is not None else sex_name(row.get("sex")),
+            sex={0.0: "male", 1.0: "female"}.get(sex) if sex is not None else sex_of(row.get("sex")),
             labels=labels,
         )
 

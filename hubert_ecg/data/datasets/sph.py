@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, read_table, sex_name, walk
+from hubert_ecg.data.dataset import Dataset, Entry, locate, number, read_table, walk
 from hubert_ecg.data.readers import read_record
-from hubert_ecg.data.record import Record
+from hubert_ecg.data.record import Record, sex_of
 
 _TABLE = "metadata.csv"
 _COLUMNS = {"ECG_ID", "AHA_Code", "Patient_ID", "Age", "Sex"}
@@ -67,7 +67,7 @@ class Sph(Dataset):
                     source=path.relative_to(self.data_path).as_posix(),
                     patient_id=row["Patient_ID"].strip() or None,
                     age=number(row["Age"]),
-                    sex=sex_name(row["Sex"]),
+                    sex=sex_of(row["Sex"]),
                     labels={"all": tuple(sorted({aha_statements().get(code, code) for code in codes}))},
                 )
             )
