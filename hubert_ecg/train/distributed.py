@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -58,12 +60,39 @@ def ranks(device_name: str, tensor_ranks: int = 1) -> Iterator[tuple[torch.devic
         torch.cuda.set_device(local)
     device = machine.device(device_name)
     with answering():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, number, size = _meet()
+        distributed.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_TIMEOUT)
         host_group()
     # Not after an error: the others may be gone, and taking leave of them would wait for them.
     yield device, rank(), num_ranks()
     _hosts.clear()
     distributed.destroy_process_group()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """Torchrun's store, under a name that no processes have used before, and the number of this process and of all.
+
+    Torchrun keeps its store when it starts processes again, with the addresses of those that are gone
+    (github.com/pytorch/pytorch/issues/135712), and each machine counts restarts for itself. So rank 0 draws a name, and
+    waits until every other rank has asked for it, been answered, and said so.
+    """
+    store, number, size = next(distributed.rendezvous("env://", timeout=_TIMEOUT))
+    mine = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"asks/{number}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"{name}/heard/{number}", "1")
+        return distributed.PrefixStore(name, store), number, size
+    end = time.monotonic() + _TIMEOUT.total_seconds()
+    for other in range(1, size):
+        while not store.check([f"{mine}/heard/{other}"]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank {other} has not come")
+            # The one who asks may be an earlier process, until this one's question is in its place.
+            store.set(f"answer/{store.get(f'asks/{other}').decode()}", mine)
+            time.sleep(0.01)
+    return distributed.PrefixStore(mine, store), number, size
 
 
 def rank() -> int:

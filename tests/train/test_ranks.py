@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +135,29 @@ def test_torchrun_restarts_what_was_killed(tmp_path, straight):
     done = run(torchrun(2, *command, options=("--max-restarts", "1")))
     assert "resumed after step 4/16" in done.stdout
     assert_same(tmp_path, straight)
+
+
+def test_ranks_that_are_started_again_do_not_read_what_the_first_ones_wrote(monkeypatch):
+    store = torch.distributed.HashStore()
+    number = threading.local()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, number.value, 3)]))
+
+    def meet(rank: int) -> torch.distributed.Store:
+        number.value = rank
+        return distributed._meet()[0]
+
+    met = []
+    for order in [0, 1, 2], [0, 2, 1], [2, 1, 0]:
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            # The first one to come has time to find what is old.
+            started = {order[0]: pool.submit(meet, order[0])}
+            time.sleep(0.1)
+            started |= {rank: pool.submit(meet, rank) for rank in order[1:]}
+            stores = [started[rank].result() for rank in range(3)]
+        stores[2].set("address", str(len(met)))
+        met.append(stores)
+    for start, stores in enumerate(met):
+        assert [one.get("address") for one in stores] == [str(start).encode()] * 3
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path):
