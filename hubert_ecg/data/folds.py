@@ -185,8 +185,8 @@ def given_folds(
         plain[plain_name(name)] = None if plain.get(plain_name(name), fold) != fold else fold
     folds = []
     for record_id, source in zip(record_ids, sources, strict=True):
-        fold = splits.get(record_id, splits.get(source))
-        folds.append((plain.get(plain_name(source)) or NO_FOLD) if fold is None else fold)
+        named = splits.get(record_id) or splits.get(source) or plain.get(plain_name(source))
+        folds.append(named or NO_FOLD)
     if not any(folds):
         raise UserError(f"--splits_from: {path} has none of the records; it names {', '.join(list(splits)[:3])}, ...")
     return folds

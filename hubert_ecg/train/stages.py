@@ -64,5 +64,7 @@ class Stage:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_short, value))
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
