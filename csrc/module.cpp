@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_span_attention_backward_cpu", &hubert_ecg::masked_span_attention_backward_cpu, nogil);
   m.def("conv_norm_gelu_cpu", &hubert_ecg::conv_norm_gelu_cpu, nogil);
   m.def("conv_norm_gelu_backward_cpu", &hubert_ecg::conv_norm_gelu_backward_cpu, nogil);
-  py::class_<hubert_ecg::Shards>(m, "Shards")
+  py::class_<hubert_ecg::Shards>(m, "Shards", py::module_local())
       .def(py::init<const std::vector<std::string>&, const std::vector<int64_t>&, bool>(), nogil)
       .def("gather", &hubert_ecg::Shards::gather, nogil);
 #ifdef HUBERT_ECG_CUDA

@@ -247,8 +247,8 @@ class PretrainConfig(TrainConfig, DataConfig):
         preset: "published" sets the published recipe, "corrected" ours (docs/recipes.md); flags given beside it win.
         size: Size of the model: tiny is for tests and demos, the others are the published sizes.
         hidden_size: Width of the transformer. Default of this and the next three: the model size's own.
-        num_hidden_layers: Transformer layers.
-        num_attention_heads: Heads of each layer.
+        num_hidden_layers: Number of transformer layers of the model.
+        num_attention_heads: Attention heads of each transformer layer.
         intermediate_size: Width of the feed-forward layers.
         num_epochs: Passes over the training records.
         batch_size: Records in a micro-batch.
