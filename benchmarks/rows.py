@@ -53,7 +53,7 @@ TABLE = {
             f"a step of pretraining, base model, 16 records, {clusters:,} clusters",
             "transformers, float32",
         )
-        for clusters in (100, 1000)
+        for clusters in (100, 500, 1000)
     },
     "test_codebook_loss[K1000]": ("loss over 1,000 clusters, 8 records", "broadcast cosine of all tokens"),
     "test_attention[all_keys-dropout-float32]": ("attention with dropout, 16 records", "torch SDPA"),

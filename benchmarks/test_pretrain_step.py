@@ -42,7 +42,7 @@ def precisions():
 
 
 @pytest.mark.benchmark(group="pretraining step")
-@pytest.mark.parametrize("num_clusters", [100, 1000], ids=lambda clusters: f"K{clusters}")
+@pytest.mark.parametrize("num_clusters", [100, 500, 1000], ids=lambda clusters: f"K{clusters}")
 def test_pretrain_step(race, num_clusters):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ _ALIASES = {name.upper(): name for name in LEADS}
 _ALIASES |= {f"D{name}": name for name in ("I", "II", "III")}
 _ALIASES |= {f"D{number}": name for number, name in enumerate(("I", "II", "III"), start=1)}
 _ALIASES |= {f"C{number}": f"V{number}" for number in range(1, 7)}
-_AROUND = re.compile(r"^(?:(?:MDC_)?(?:ECG|EKG))?[ _]*(?:LEAD)?[ _]*|[ ,]*\(.*\)$", re.IGNORECASE)
+_AROUND = re.compile(r"^(?:(?:MDC_)?(?:ECG|EKG))?[ _]*(?:LEAD)?[ _]*|[ ,]*\(.*\)$|[ -]*REF$", re.IGNORECASE)
 
 # mV in one unit; "mV" is what a file without a unit means.
 _MV_PER_UNIT = {"": 1.0, "mv": 1.0, "millivolt": 1.0, "v": 1e3, "volt": 1e3, "nv": 1e-6, "nanovolt": 1e-6}
@@ -38,8 +38,10 @@ LARGEST_MV = 1e9
 def lead_name(name: str) -> str | None:
     """The standard name of a lead, or None for one outside the twelve (Frank leads, respiration, ...).
 
-    >>> lead_name("avr"), lead_name("ECG Lead II"), lead_name("Lead I (Einthoven)"), lead_name("c3"), lead_name("vx")
-    ('aVR', 'II', 'I', 'V3', None)
+    >>> lead_name("avr"), lead_name("ECG Lead II"), lead_name("Lead I (Einthoven)"), lead_name("EKG V4-Ref")
+    ('aVR', 'II', 'I', 'V4')
+    >>> lead_name("c3"), lead_name("vx")
+    ('V3', None)
     """
     return _ALIASES.get(_AROUND.sub("", name.strip()).upper())
 

@@ -105,7 +105,7 @@ def exams(folder, columns, file_rows, with_ids):
 def make_code15(folder):
     labels = {name: [False] * 5 for name in ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")}
     labels["RBBB"], labels["AF"] = [True, True, False, False, False], [True, False, False, True, True]
-    people = {"age": [38] * 5, "is_male": [True, False, False, True, True], "nn_predicted_age": [40.5] * 5}
+    people = {"age": [38] * 5, "is_male": [True, False, None, True, True], "nn_predicted_age": [40.5] * 5}
     files = {"patient_id": [1, 2, 3, 4, 4], "trace_file": ["exams_part0.hdf5"] * 3 + ["exams_part17.hdf5"] * 2}
     columns = {"exam_id": [11, 12, 13, 14, 15], **people, **labels, **files, "normal_ecg": [False] * 5}
     exams(folder, columns, {"exams_part17.hdf5": [15, 14], "exams_part0.hdf5": [12, 13, 11]}, with_ids=True)
@@ -305,7 +305,7 @@ def test_exams_are_told_apart_by_id(tmp_path):
         np.testing.assert_allclose(signal[3], np.sin(np.arange(1, 2801) * int(entry.record_id) / 500), atol=1e-6)
         assert signal.shape == (12, 2800)
     assert [entry.patient_id for entry in dataset.entries()] == ["1", "2", "3", "4", "4"]
-    assert [entry.sex for entry in dataset.entries()][:2] == ["male", "female"]
+    assert [entry.sex for entry in dataset.entries()][:3] == ["male", "female", None]
     (tmp_path / "exams_part0.hdf5").unlink()
     with h5py.File(tmp_path / "exams_part17.hdf5", "r+") as file:
         file["exam_id"][0] = 99

@@ -96,7 +96,7 @@ class _Exams(Challenge2025):
                     source=f"{path.relative_to(self.data_path).as_posix()}#{position}",
                     patient_id=_digits(row.get("patient_id", "")) or None,
                     age=number(row["age"]),
-                    sex="male" if _is_true(row["is_male"]) else "female",
+                    sex=_sex(row["is_male"]),
                     labels=labels,
                 )
             )
@@ -174,6 +174,10 @@ def _exam_ids(path: Path, modified_ns: int) -> dict[int, int] | None:
         if "exam_id" not in file:
             return None
         return {exam: row for row, exam in enumerate(file["exam_id"][()].tolist())}
+
+
+def _sex(is_male: str) -> str | None:
+    return ("male" if _is_true(is_male) else "female") if is_male.strip() else None
 
 
 def _is_true(cell: str) -> bool:
