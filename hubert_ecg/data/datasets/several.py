@@ -57,7 +57,7 @@ class Several(Dataset):
         for name, part in self._parts.items():
             its = part.entries()
             if not its:
-                raise UserError(f"{name}: no records in {part.data_path}; leave it out")
+                raise UserError(f"data set {name} has no records: leave it out")
             for path in {entry.path for entry in its if entry.path is not None}:
                 place = os.path.join(real(path.parent), path.name)
                 if owner.setdefault(place, name) != name:
