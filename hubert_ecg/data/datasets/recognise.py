@@ -38,8 +38,8 @@ def _find(folder: Path, known: Mapping[str, type[Dataset]], seen: set[str]) -> l
     if place in seen or is_store(folder):
         return []
     seen.add(place)
-    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in inside if path.suffix.lower() in READERS and not path.is_dir()]
+    inside = sorted((item for item in os.scandir(folder) if not item.name.startswith(".")), key=lambda item: item.name)
+    files = [path for item in inside if not item.is_dir() and (path := Path(item)).suffix.lower() in READERS]
     name = None
     if any(path.suffix.lower() in _SIGNS for path in files):
         name = next((name for name, dataset in known.items() if dataset.recognises(folder)), None)
@@ -48,7 +48,7 @@ def _find(folder: Path, known: Mapping[str, type[Dataset]], seen: set[str]) -> l
     own = [] if name is None else [(name, folder)]
     if name is not None and name != _ANY and not known[name].spread:
         return own
-    found = own + [pair for path in inside if path.is_dir() for pair in _find(path, known, seen)]
+    found = own + [pair for item in inside if item.is_dir() for pair in _find(Path(item), known, seen)]
     for gathering, table in [pair for pair in found if known[pair[0]].gathers]:
         if table == folder or _lacks_some(known[gathering](table)):
             suffix = known[gathering].spread
