@@ -12,10 +12,8 @@ from torch.distributed.run import get_args_parser
 from hubert_ecg import cli
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BLOCKS = [
-    re.findall(r"```bash\n(.*?)```", (DOCS / name).read_text(), re.S) for name in ("distributed.md", "datasets.md")
-]
-COMMANDS = re.findall(r"^.*\btorchrun (.+)$", "\n".join(sum(BLOCKS, [])), re.M)
+TEXT = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("distributed.md", "datasets.md"))
+COMMANDS = re.findall(r"^.*\btorchrun (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)), re.M)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
