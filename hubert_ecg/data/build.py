@@ -202,6 +202,7 @@ def build(
             return _finished(folder, plan)
         _see_the_same(folder, ranks)
         _pack(dataset, folder, settings, plan, num_workers, progress, splits_from, ranks)
+    _appears(folder / MANIFEST)
     store = Store(folder)
     if progress:
         _tell(store)
@@ -288,6 +289,7 @@ def _code_hash() -> str:
 
 
 def _finished(folder: Path, plan: dict[str, Any]) -> Store:
+    _appears(folder / MANIFEST)
     store = Store(folder)
     if any(store.manifest["plan"].get(key) != plan.get(key) for key in ("hash", "splits")):
         raise UserError(f"{folder} holds a store of other data or settings: delete it, or choose another folder")

@@ -237,10 +237,18 @@ def files_in(folder: Path, suffix: str, most: int | None = None) -> list[Path]:
 
 
 def locate(folder: Path, name: str) -> Path | None:
-    """A file in the folder or in one just below it: archives often unpack into a folder of their own."""
+    """A file in the folder or in one just below it: archives often unpack into a folder of their own.
+
+    Raises:
+        UserError: There are several below it that differ: which one is meant?
+    """
     if (folder / name).is_file():
         return folder / name
-    return next(iter(sorted(folder.glob(f"*/{name}"))), None) if folder.is_dir() else None
+    found = sorted(folder.glob(f"*/{name}")) if folder.is_dir() else []
+    if len(found) > 1 and len({path.read_bytes() for path in found}) > 1:
+        places = ",".join(str(path.parent) for path in found)
+        raise UserError(f"several folders below {folder} have a {name}: name one of them, or all: --data_path {places}")
+    return found[0] if found else None
 
 
 def read_table(dataset: str, path: Path, columns: Collection[str]) -> pd.DataFrame:

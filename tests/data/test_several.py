@@ -185,6 +185,13 @@ def test_mistakes_in_names_and_folders(official, dealt, tmp_path):
         open_dataset("csv,csv", f"{official},{dealt}").entries()
 
 
+def test_a_name_alone_takes_no_one_of_several(official, dealt, tmp_path):
+    with pytest.raises(UserError, match=r"several folders below .*data have a labels\.csv: .* --data_path .*dealt,/"):
+        open_dataset("csv", tmp_path / "data")
+    shutil.copy(official / "labels.csv", dealt / "labels.csv")
+    assert open_dataset("csv", tmp_path / "data").data_path == tmp_path / "data"
+
+
 def test_a_task_of_labels_here_and_of_numbers_there(official, challenge):
     (official / "labels.csv").write_text("filename,rhythm\nr0,1.5\nr1,2.5\n")
     with pytest.raises(UserError, match=r"task rhythm .* got regression in csv, multilabel in georgia: rename"):
