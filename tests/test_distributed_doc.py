@@ -1,4 +1,4 @@
-"""Every command of docs/distributed.md is understood as it is written."""
+"""Every command for several processes in docs/ is understood as it is written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.distributed.run import get_args_parser
 
 from hubert_ecg import cli
 
-DOC = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
-COMMANDS = re.findall(r"^.*\btorchrun (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", DOC.read_text(), re.S)), re.M)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXT = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("distributed.md", "datasets.md"))
+COMMANDS = re.findall(r"^.*\btorchrun (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)), re.M)
 
 
 @pytest.mark.parametrize("line", COMMANDS)

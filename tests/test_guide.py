@@ -86,7 +86,7 @@ def test_defaults_are_the_guides():
         ("extract", {"data_path", "output_path"}),
         ("cluster", {"features_path", "output_path"}),
         ("evaluate", {"model_path", "dataset", "task"}),
-        ("prepare", {"data_path", "output_dir"}),
+        ("prepare", {"output_dir"}),
     ],
 )
 def test_required_flags(command, required):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from hubert_ecg import data, evaluation, features
 from hubert_ecg.config import AuditConfig, UserError, to_json
+from hubert_ecg.data.progress import Progress
 from hubert_ecg.evaluation import audit as numbers
 from hubert_ecg.models import HubertECGConfig, token_mask
 from hubert_ecg.train import machine
@@ -66,11 +66,12 @@ def audit(config: AuditConfig) -> list[dict[str, Any]]:
     tallies = [
         numbers.ClusterAudit(len(kmeans.cluster_centers_), plan, loader.num_samples, config.seed) for kmeans in models
     ]
-    console = Console(stderr=True)
-    for batch in track(loader.batches(), "audit", len(loader), console=console, transient=True):
-        valid = _valid(work.model, batch, loader.num_samples)
-        for tally, clusters in zip(tallies, labels(batch), strict=True):
-            tally.add(batch.leads.to(clusters.device), clusters, valid)
+    with Progress("audit", len(records)) as bar:
+        for batch in loader.batches():
+            valid = _valid(work.model, batch, loader.num_samples)
+            for tally, clusters in zip(tallies, labels(batch), strict=True):
+                tally.add(batch.leads.to(clusters.device), clusters, valid)
+            bar.advance(len(batch))
     if not tallies[0].counts.any():
         raise UserError(f"audit: there must be a token that is no padding, got none in {len(records)} records")
     tasks = [task for task in store.tasks if store.problem_of(task) != "regression"]

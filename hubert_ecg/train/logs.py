@@ -15,11 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hubert_ecg.config import UserError
+from hubert_ecg.data.progress import SECONDS_BETWEEN_LINES, clock
 from hubert_ecg.files import replacing
 from hubert_ecg.train import distributed
-
-# Where standard output is no terminal, training rows are printed at most this often; validation rows always.
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 class MetricsFile:
@@ -156,7 +154,8 @@ class Logs:
         if row["split"] == "train":
             self._progress.update(self._bar, completed=row["step"], news=news)
             now = time.monotonic()
-            if self.console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            # Validation rows are printed always.
+            if self.console.is_terminal or now - self._last_line < SECONDS_BETWEEN_LINES:
                 return
             self._last_line = now
             news += f"  left {self._remaining(int(row['step']), now)}"
@@ -164,8 +163,7 @@ class Logs:
 
     def _remaining(self, step: int, now: float) -> str:
         since, first = self._started
-        seconds = round((now - since) / max(step - first, 1) * (self.total_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return clock((now - since) / max(step - first, 1) * (self.total_steps - step))
 
 
 class NoLogs:

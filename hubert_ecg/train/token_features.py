@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from hubert_ecg.clustering import forget_pages
 from hubert_ecg.config import UserError
 from hubert_ecg.data import Loader, plain_pickle
+from hubert_ecg.data.progress import Progress
 from hubert_ecg.files import replacing, write_json
 from hubert_ecg.models import HubertECGConfig, token_mask
 from hubert_ecg.models.encoder import num_tokens
@@ -241,10 +240,10 @@ class FeatureWork:
             crop="first",
             num_workers=self.num_workers,
         )
-        console = Console(stderr=True)
-        yield from track(
-            loader.batches(0), title or "", len(loader), console=console, transient=True, disable=title is None
-        )
+        with Progress(title or "", len(records), shown=title is not None) as bar:
+            for batch in loader.batches(0):
+                yield batch
+                bar.advance(len(batch))
 
     def record_ids(self, share: slice) -> list[str]:
         return self.store.column("record_id")[self.records[share]].tolist()

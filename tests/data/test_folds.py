@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import re
 
@@ -11,7 +12,7 @@ import pytest
 from hubert_ecg.config import PrepareConfig, UserError
 from hubert_ecg.data import Entry, Store, open_store, prepare
 from hubert_ecg.data.dataset import learnable
-from hubert_ecg.data.folds import assign_folds, given_folds, read_splits, split_name
+from hubert_ecg.data.folds import assign_folds, check_given, given_folds, read_splits, split_name
 from hubert_ecg.data.store import file_hash
 
 RNG = np.random.default_rng(0)
@@ -209,3 +210,23 @@ def test_official_folds_are_said(tmp_path, folder):
     store = open_store(folder, num_workers=0, progress=False)
     assert (store.splits, store.label_names("all")) == ("official", ("once",))
     assert json.loads((store.path / "store.json").read_text())["folds"] == "official"
+
+
+def test_given_splits_that_part_patients_are_told(tmp_path, folder, capsys):
+    lines = [f"r{k},p{k // 2},{k % 2},{int(k > 3)}" for k in range(8)]
+    (folder / "labels.csv").write_text("filename,patient_id,A,B\n" + "\n".join(lines))
+    table = tmp_path / "splits.csv"
+    table.write_text("record_id,split\nr0,train\nr1,test\nr2,val\nr4,train\nr5,train\nr6,test\nr7,val\n")
+    plain = open_store(folder, num_workers=0, progress=False)
+    capsys.readouterr()
+    config = PrepareConfig(data_path=folder, output_dir=tmp_path / "s", num_workers=0, splits_from=table)
+    for work in (lambda: prepare(config), lambda: open_store(plain.path, splits_from=table)):
+        work()
+        said = capsys.readouterr().err
+        assert f"{table} leaves out 1 of 8 records" in said
+        assert "parts 2 of 4 patients: patient p0 is in test and train; their tests are no tests" in said
+    # Folds of one split are no matter, and neither is a patient whom nobody knows.
+    assert check_given([1, 2, 9, 10], ["p", "p", None, None], table) == []
+    assert check_given([1, 0], ["p", "p"], table) == [f"{table} leaves out 1 of 2 records"]
+    prepare(dataclasses.replace(config, output_dir=tmp_path / "t"), progress=False)
+    assert capsys.readouterr().err == ""
