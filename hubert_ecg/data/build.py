@@ -21,6 +21,7 @@ from hubert_ecg.data.dataset import Dataset, Entry, learnable
 from hubert_ecg.data.datasets import open_dataset
 from hubert_ecg.data.folds import FOLD_SEED, NO_FOLD, assign_folds, given_folds, read_splits, split_name
 from hubert_ecg.data.packing import BASE_RATE_HZ, Packed, Result, Settings, Skipped, packed_chunks
+from hubert_ecg.data.quality import LEAD_FAULTS, NUM_HASH_BYTES
 from hubert_ecg.data.record import lead_list
 from hubert_ecg.data.store import (
     BUILDING,
@@ -340,8 +341,13 @@ def _schema(dataset: Dataset) -> pa.Schema:
         "fold": pa.int8(),
         "age": pa.float32(),
         "sex": pa.string(),
-        "num_flat_leads": pa.int8(),
+        **dict.fromkeys(LEAD_FAULTS, pa.list_(pa.string())),
         "num_missing_samples": pa.int64(),
+        "size_mv": pa.float32(),
+        "limb_residual": pa.float32(),
+        "limb_mend": pa.string(),
+        "suspected_swap": pa.string(),
+        "signal_hash": pa.binary(NUM_HASH_BYTES),
     }
     for task in dataset.tasks:
         if dataset.problem_of(task) == "regression":

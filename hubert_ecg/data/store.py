@@ -144,8 +144,8 @@ class Store:
     @functools.cached_property
     def index(self) -> pd.DataFrame:
         """One row per record: record_id, source, source_rate_hz, leads (names of the file), num_samples (stored),
-        duration_s, patient_id, fold, age, sex, num_flat_leads, num_missing_samples, and for each task ``labels_<task>``
-        (lists) or ``value_<task>``."""
+        duration_s, patient_id, fold, age, sex, what :func:`hubert_ecg.data.quality.facts` says of it, signal_hash, and
+        for each task ``labels_<task>`` (lists) or ``value_<task>``."""
         table = self._read(*(name for name in self._names if name not in _PLACES))
         frame = table.select([name for name in table.column_names if not _is_list(table, name)]).to_pandas()
         for name in table.column_names:
