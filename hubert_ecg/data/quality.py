@@ -113,7 +113,7 @@ def facts(record: Record, leads: np.ndarray, present: np.ndarray) -> dict[str, A
 def signal_hash(signal: np.ndarray, rate_hz: float) -> bytes:
     """32 bits for each of :data:`HASH_LEADS`, in which two copies of a recording are nearly alike.
 
-    A bit is the sign of the sum of the differences of a lead's first 10 s at 100 Hz, each with a sign of its own
+    A bit is the sign of a sum: of the differences over 40 ms in a lead's first 10 s at 100 Hz, each with a sign of its own
     (Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002). It knows nothing of unit, offset,
     bits of a sample, or format, and little of the rate. A lead without signal has zeros.
 
@@ -128,14 +128,20 @@ def signal_hash(signal: np.ndarray, rate_hz: float) -> bytes:
     step = max(1, round(rate_hz / HASH_RATE_HZ))
     if step > 1:
         leads = leads[:, : leads.shape[1] // step * step].reshape(len(leads), -1, step).mean(2)
-    moves = np.diff(leads[:, : round(HASH_S * HASH_RATE_HZ)], axis=1)
+    moves = differences(leads[:, : round(HASH_S * HASH_RATE_HZ)], HASH_RATE_HZ)
     bits = moves.astype(np.float32) @ _hash_signs()[: moves.shape[1]] > 0
     return np.packbits(bits, axis=1).tobytes()
 
 
+def differences(signal: np.ndarray, rate_hz: float) -> np.ndarray:
+    """Of samples ``[..., T]`` that are 40 ms apart: no base line, no mains, and most of a QRS complex."""
+    lag = max(1, round(_LAG_S * rate_hz))
+    return signal[..., lag:] - signal[..., :-lag]
+
+
 @functools.cache
 def _hash_signs() -> np.ndarray:
-    count = round(HASH_S * HASH_RATE_HZ) - 1
+    count = round(HASH_S * HASH_RATE_HZ)
     # Of a hash: the same in every version of every library.
     bits = np.frombuffer(hashlib.shake_128(b"signal hash").digest(count * HASH_BITS // 8), np.uint8)
     return (2.0 * np.unpackbits(bits).reshape(count, HASH_BITS) - 1).astype(np.float32)
@@ -174,7 +180,7 @@ def _clipped(leads: np.ndarray, low: np.ndarray, high: np.ndarray, usable: np.nd
         moves = np.minimum(np.abs(flat[first - 2] - extreme[lead]), np.abs(flat[last + 2] - extreme[lead]))
         steep = moves >= _CLIPPED_JUMP * (high - low)[lead]
         enough = steep & (last - first + 1 >= _CLIPPED_ONCE_S * rate)
-        for one in np.flatnonzero(np.bincount(lead, steep + enough, len(leads)) >= 2):
+        for one in np.flatnonzero(np.bincount(lead, 1 * steep + enough, len(leads)) >= 2):
             steps = np.diff(np.unique(leads[one]))
             # Steps of a unit's rounding are none.
             step = steps[steps > 1e-6 * (high - low)[one]].min()
@@ -185,9 +191,9 @@ def _clipped(leads: np.ndarray, low: np.ndarray, high: np.ndarray, usable: np.nd
 
 def _gram(signal: np.ndarray, missing: np.ndarray | None, rate: float) -> np.ndarray:
     """Products of the leads' differences, ``[12, 12] float64``; each segment adds up to 1."""
-    lag = max(1, round(_LAG_S * rate))
-    moves = signal[:, lag:] - signal[:, :-lag]
+    moves = differences(signal, rate)
     if missing is not None:
+        lag = signal.shape[1] - moves.shape[1]
         moves[:, missing[lag:] | missing[:-lag]] = 0
     width = min(moves.shape[1], round(_SEGMENT_S * rate))
     count = moves.shape[1] // width
