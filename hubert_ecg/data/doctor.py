@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hubert_ecg.data.store import Store
 
 FORMAT_VERSION = 1
+RESIDUAL_EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1)
 # Of each list of records; their number is always whole.
 MAX_LISTED = 1000
 # Beyond these, the range of a beat speaks of another unit or gain.
@@ -33,7 +35,7 @@ SMALLEST_MV, LARGEST_MV = 0.15, 10.0
 LARGE_RESIDUAL = 0.3
 # Copies: share of the bits that agree, and correlation of their samples, over the leads that both have.
 _AGREEING, _CORRELATION = 0.85, 0.9
-_PAIRS_AT_ONCE = 1 << 16
+_BAND_BITS, _PAIRS_AT_ONCE = 24, 1 << 16
 _NAMED = ("record_id", "source")
 _NO_SPLIT = "none"
 
@@ -78,7 +80,7 @@ def examine(store: Store) -> dict[str, Any]:
         "rates_hz": _counts(store.column("source_rate_hz")),
         "durations_s": _durations(store),
         **_leads(store),
-        "limb_residual": _histogram(store.column("limb_residual"), np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1])),
+        "limb_residual": _histogram(store.column("limb_residual"), np.array(RESIDUAL_EDGES)),
         "splits": {"from": store.splits, **_counts(splits, ("train", "validation", "test", _NO_SPLIT))},
         "tasks": {task: _labels(store, task, splits) for task in store.tasks},
         "dropped_labels": store.manifest.get("dropped_labels", {}),
@@ -108,29 +110,30 @@ def remarks(found: dict[str, Any]) -> list[str]:
     """What somebody who trains on these records should not overlook, in sentences, the gravest first."""
     said = []
     copies, unreadable = found["duplicates"], found["unreadable"]
-    if copies["num_across_splits"]:
-        said.append(
-            f"{_of(copies['num_across_splits'], 'recording')} in more than one of training, validation and test: what is "
-            "measured on the copies is no test."
-        )
-    if found["patients_in_several_splits"]:
-        said.append(f"{_of(found['patients_in_several_splits'], 'patient')} in more than one of training, validation and test.")
+    splits = "in more than one of training, validation and test"
+    if count := copies["num_across_splits"]:
+        said.append(f"{_many(count, 'recording')} {_are(count)} {splits}: what is measured on the copies is no test.")
+    if count := found["patients_in_several_splits"]:
+        said.append(f"{_many(count, 'patient')} {_are(count)} {splits}.")
     if unreadable["num_files"]:
-        said.append(f"{_of(unreadable['num_files'], 'file')} of {found['num_files']} cannot be read and left out.")
-    if copies["num_groups"]:
-        elsewhere = f", {copies['num_across_datasets']} of them across data sets" if copies["num_across_datasets"] else ""
-        said.append(f"{_of(copies['num_groups'], 'recording')} there more than once, {copies['num_records']} records in all{elsewhere}.")
-    said += [
-        f"{finding['title']}: {_of(finding['num_records'], 'record').removesuffix(' is').removesuffix(' are')}."
-        for finding in found["findings"].values()
-        if finding["num_records"]
-    ]
-    for task, of in found["tasks"].items():
-        if of["unlabelled"]["num_records"] and of["problem"] != "regression":
-            said.append(
-                f"Task {task}: {of['unlabelled']['num_records']} of {found['num_records']} records have no label. They stay "
-                "in the store; finetune and evaluate count them as negatives, or leave them out with --unlabelled drop."
-            )
+        count, all_files = unreadable["num_files"], found["num_files"]
+        said.append(f"{_many(count, 'file')} of {all_files} {_are(count)} unreadable and left out.")
+    if count := copies["num_groups"]:
+        across = f", {copies['num_across_datasets']} of them across data sets" if copies["num_across_datasets"] else ""
+        records = f"{copies['num_records']} records in all"
+        said.append(f"{_many(count, 'recording')} {_are(count)} there more than once, {records}{across}.")
+    for finding in found["findings"].values():
+        if count := finding["num_records"]:
+            said.append(f"{finding['title']}: {_many(count, 'record')}.")
+    without = {
+        task: of["unlabelled"]["num_records"] for task, of in found["tasks"].items() if of["problem"] != "regression"
+    }
+    if any(without.values()):
+        counts = ", ".join(f"{task} {count}" for task, count in without.items() if count)
+        said.append(
+            f"Records without a label of a task: {counts} of {found['num_records']}. The store keeps them; finetune and "
+            "evaluate keep them as negatives, or drop them with --unlabelled drop."
+        )
     for task, labels in found["dropped_labels"].items():
         said.append(f"Task {task}: left out, because only one patient has them: {', '.join(labels)}.")
     return said
@@ -153,7 +156,7 @@ def findings(store: Store) -> list[Finding]:
         Finding(
             "size",
             "Unusual size",
-            f"a beat of less than {SMALLEST_MV:g} or more than {LARGEST_MV:g} mV: another unit, a wrong gain, or artefacts",
+            f"a beat of less than {SMALLEST_MV:g} or more than {LARGEST_MV:g} mV: another unit or gain, or artefacts",
             odd,
             [f"{mv:.3g} mV" for mv in size[odd]],
         )
@@ -175,7 +178,7 @@ def findings(store: Store) -> list[Finding]:
         Finding(
             "limb_residual",
             "Limb leads that disagree",
-            f"more than {LARGE_RESIDUAL:g} of their size breaks the laws of Einthoven and Goldberger, and no exchange mends it",
+            f"over {LARGE_RESIDUAL:g} of their size breaks the laws of Einthoven and Goldberger, with any exchange",
             large,
             [f"residual {residual[i]:.2f}" for i in large],
         )
@@ -194,10 +197,11 @@ def findings(store: Store) -> list[Finding]:
 
 
 def duplicates(store: Store) -> list[np.ndarray]:
-    """Records that are copies of one recording, whatever their unit, gain, format, rate or leads; their first 10 s count.
+    """Records that are copies of one recording, whatever their unit, gain, format, rate, leads or end.
 
-    Candidates agree in all hash bits of a lead; they are copies where 85 % of the bits of all leads that both have agree,
-    and the median correlation of these leads is above 0.9 (see :func:`hubert_ecg.data.quality.signal_hash`).
+    Candidates agree in the first or last 24 hash bits of a lead; they are copies where 85 % of the bits of all leads
+    that both have agree (see :func:`hubert_ecg.data.quality.signal_hash`), and the median correlation of these leads is
+    above 0.9, over the length of the shorter.
 
     Returns:
         Ascending positions of each group of two and more, by the first of each.
@@ -209,12 +213,15 @@ def duplicates(store: Store) -> list[np.ndarray]:
     hashes = np.frombuffer(b"".join(store.column("signal_hash")), np.uint8).reshape(count, NUM_HASH_BYTES)
     bands = hashes.view(f">u{HASH_BITS // 8}").astype(np.uint32)
     pairs: set[tuple[int, int]] = set()
-    for lead in range(len(HASH_LEADS)):
-        order = np.lexsort((*bands.T, bands[:, lead]))
-        same = np.flatnonzero((np.diff(bands[order, lead]) == 0) & (bands[order[1:], lead] != 0))
-        first, second = order[same], order[same + 1]
+    for lead, shift in itertools.product(range(len(HASH_LEADS)), (0, HASH_BITS - _BAND_BITS)):
+        code = bands[:, lead]
+        # Turned, so that the bits that are to agree come first.
+        turned = (code << shift) | (code >> (HASH_BITS - shift)) if shift else code
+        order = np.argsort(turned, kind="stable")
+        same = np.flatnonzero((np.diff(turned[order] >> (HASH_BITS - _BAND_BITS)) == 0) & (code[order[1:]] != 0))
         for start in range(0, len(same), _PAIRS_AT_ONCE):
-            a, b = first[start : start + _PAIRS_AT_ONCE], second[start : start + _PAIRS_AT_ONCE]
+            places = same[start : start + _PAIRS_AT_ONCE]
+            a, b = order[places], order[places + 1]
             alike = _agreement(bands[a], bands[b]) >= _AGREEING
             pairs.update(zip(np.minimum(a, b)[alike].tolist(), np.maximum(a, b)[alike].tolist(), strict=True))
     copies = np.array([pair for pair in sorted(pairs) if _correlation(store, *pair) > _CORRELATION], np.int64)
@@ -233,7 +240,7 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The share of equal bits over the leads that both have."""
     both = (a != 0) & (b != 0)
     differ = np.unpackbits(np.where(both, a ^ b, 0).astype(np.uint32).view(np.uint8), axis=1).sum(1)
-    return 1 - differ / (HASH_BITS * both.sum(1))
+    return 1 - differ / np.maximum(HASH_BITS * both.sum(1), 1)
 
 
 def _correlation(store: Store, one: int, other: int) -> float:
@@ -307,7 +314,7 @@ def _leads(store: Store) -> dict[str, Any]:
         recorded.update(collections.Counter(map(tuple, batch.column(0).to_pylist())))
     measured, num_leads = dict.fromkeys(LEADS, 0), collections.Counter[str]()
     for names, count in recorded.items():
-        standard = {lead_name(name) for name in names} & set(LEADS)
+        standard = set(LEADS) & {lead_name(name) for name in names}
         num_leads[str(len(standard))] += count
         for lead in standard:
             measured[lead] += count
@@ -433,9 +440,13 @@ def _unreadable(store: Store) -> dict[str, Any]:
     }
 
 
-def _of(count: int, what: str) -> str:
+def _many(count: int, what: str) -> str:
     """
-    >>> _of(1, "file"), _of(2, "file")
-    ('1 file is', '2 files are')
+    >>> _many(1, "file"), _many(2, "file")
+    ('1 file', '2 files')
     """
-    return f"{count} {what} is" if count == 1 else f"{count} {what}s are"
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"

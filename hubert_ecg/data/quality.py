@@ -59,7 +59,7 @@ _NUM_LIMB, _CHEST = len(LIMB), slice(6, 12)
 
 # Columns of facts() that name leads.
 LEAD_FAULTS = ("flat_leads", "partly_flat_leads", "clipped_leads", "gap_leads")
-HASH_S, HASH_RATE_HZ = 10.0, 100.0
+HASH_S, HASH_RATE_HZ = 5.0, 100.0
 # Leads that no others give.
 HASH_LEADS = (0, 1, 6, 7, 8, 9, 10, 11)
 HASH_BITS = 32
@@ -113,9 +113,9 @@ def facts(record: Record, leads: np.ndarray, present: np.ndarray) -> dict[str, A
 def signal_hash(signal: np.ndarray, rate_hz: float) -> bytes:
     """32 bits for each of :data:`HASH_LEADS`, in which two copies of a recording are nearly alike.
 
-    A bit is the sign of a sum: of the differences over 40 ms in a lead's first 10 s at 100 Hz, each with a sign of its own
-    (Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002). It knows nothing of unit, offset,
-    bits of a sample, or format, and little of the rate. A lead without signal has zeros.
+    A bit is the sign of a sum: of the differences over 40 ms in a lead's first 5 s at 100 Hz, each with a sign of its
+    own (Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002). It knows nothing of unit,
+    offset, bits of a sample, or format, and little of the rate. A lead without signal has zeros.
 
     Args:
         signal: ``[12, T]`` float, after preprocessing; 0 in leads that are absent.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,12 +101,13 @@ def _recordings(found: Mapping[str, Any]) -> Figure:
         durations.stairs(histogram["counts"], histogram["edges"], fill=True, color=BLUE)
         # A few long records are not to be lost beside many of one length.
         durations.set_yscale("symlog", linthresh=1)
+        durations.yaxis.set_major_formatter("{x:g}")
         durations.set(title="Duration", xlabel="s", ylim=(0, None))
         histogram = found["limb_residual"]
         edges = histogram["edges"]
-        names = [f"{low:g}–{high:g}" for low, high in zip(edges, edges[1:], strict=False)]
+        names = [f"{low:g}–{high:g}" for low, high in itertools.pairwise(edges)]
         _bars(residuals, names, histogram["counts"], rotation=40)
-        residuals.set(title="Limb leads: residual", xlabel="share outside Einthoven's and Goldberger's laws")
+        residuals.set(title="Limb leads: residual", xlabel="share that breaks their laws")
         for axes in (rates, residuals):
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.grid(False, axis="x")
