@@ -131,8 +131,8 @@ def remarks(found: dict[str, Any]) -> list[str]:
     if any(without.values()):
         counts = ", ".join(f"{task} {count}" for task, count in without.items() if count)
         said.append(
-            f"Records without a label of a task: {counts} of {found['num_records']}. The store keeps them; finetune and "
-            "evaluate keep them as negatives, or drop them with --unlabelled drop."
+            f"Records without a label of a task: {counts} of {found['num_records']}. The store keeps them; fine-"
+            "tuning and evaluation keep them as negatives, or drop them with --unlabelled drop."
         )
     for task, labels in found["dropped_labels"].items():
         said.append(f"Task {task}: left out, because only one patient has them: {', '.join(labels)}.")
