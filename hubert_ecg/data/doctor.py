@@ -379,7 +379,9 @@ def _labels(store: Store, task: str, splits: np.ndarray) -> dict[str, Any]:
             labels = np.array([number[label] for label in column.flatten().to_pylist()], np.int64)
             here = code[start : start + len(column)]
             np.add.at(counts, (labels, np.repeat(here, lengths)), 1)
-            lacking.append(np.flatnonzero(lengths == 0) + start)
+            # Of a data set without the task there is nothing to say.
+            known = column.is_valid().to_numpy(zero_copy_only=False)
+            lacking.append(np.flatnonzero(known & (lengths == 0)) + start)
             start += len(column)
         without = np.concatenate(lacking)
         table = {
