@@ -33,6 +33,7 @@ class Command:
 
 COMMANDS = {
     "prepare": Command(configs.PrepareConfig, "train:prepare"),
+    "doctor": Command(configs.DoctorConfig, "train:doctor"),
     "extract": Command(configs.ExtractConfig, "train:extract_features"),
     "cluster": Command(configs.ClusterConfig, "train:cluster_features"),
     "audit": Command(configs.AuditConfig, "train:audit"),

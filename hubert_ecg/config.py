@@ -121,6 +121,19 @@ class PrepareConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DoctorConfig(DataConfig):
+    """Examine recordings: counts, labels, faulty leads, exchanged electrodes, copies, unreadable files.
+
+    Args:
+        output_dir: Folder for doctor.html and doctor.json. Default: the folder of the packed store.
+        dataset: Name of the data set in data_path, or "auto".
+    """
+
+    output_dir: Path | None = None
+    dataset: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractConfig(DataConfig):
     """Extract the features that are clustered into pseudo-labels, one vector for each token.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hubert_ecg.config import Compat, UserError
+from hubert_ecg.data import quality
 from hubert_ecg.data.dataset import Dataset, Entry, describe
 from hubert_ecg.data.readers import ReadError
 from hubert_ecg.data.record import SLOWEST_HZ, Record
@@ -167,8 +168,6 @@ def _quantise(
         # Half precision ends at 65504.
         scale = np.maximum(peak / np.float32(2**15), 1).astype(np.float32)
         samples = (signal / scale[:, None]).astype(np.float16)
-    missing = ~np.isfinite(leads)
-    flat = present & (np.nanmax(np.where(missing, -np.inf, leads), 1) == np.nanmin(np.where(missing, np.inf, leads), 1))
     return Packed(
         samples,
         {
@@ -183,8 +182,8 @@ def _quantise(
             "fold": record.fold,
             "age": record.age,
             "sex": record.sex,
-            "num_flat_leads": int(flat.sum()),
-            "num_missing_samples": int(missing.sum()),
+            **quality.facts(record, leads, present),
+            "signal_hash": quality.signal_hash(signal, settings.stored_rate_hz),
             **{label_column(task): list(labels) for task, labels in entry.labels.items()},
             **{value_column(task): value for task, value in entry.values.items()},
             "scale": scale.tolist(),

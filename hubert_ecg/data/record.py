@@ -13,7 +13,7 @@ from hubert_ecg.config import UserError
 from hubert_ecg.signal import LEADS
 
 # Each limb lead in terms of leads I and II (Einthoven: III = II - I; Goldberger: aVR, aVL, aVF).
-_LIMB = {
+LIMB = {
     "I": (1.0, 0.0),
     "II": (0.0, 1.0),
     "III": (-1.0, 1.0),
@@ -220,12 +220,12 @@ class Record:
                 raise ValueError(f"standard_leads: signal must be in mV, got more than {LARGEST_MV:g} mV in {name}")
 
         # A disconnected electrode gives a constant lead: nothing can be derived from it.
-        limb = [name for name in _LIMB if name in rows and np.nanmax(rows[name]) > np.nanmin(rows[name])][:2]
+        limb = [name for name in LIMB if name in rows and np.nanmax(rows[name]) > np.nanmin(rows[name])][:2]
         if len(limb) == 2:
-            basis = np.linalg.inv(np.array([_LIMB[name] for name in limb]))
+            basis = np.linalg.inv(np.array([LIMB[name] for name in limb]))
             first, second = rows[limb[0]], rows[limb[1]]
-            for name in _LIMB.keys() - rows.keys():
-                weight = np.array(_LIMB[name]) @ basis
+            for name in LIMB.keys() - rows.keys():
+                weight = np.array(LIMB[name]) @ basis
                 rows[name] = (weight[0] * first + weight[1] * second).astype(np.float32)
 
         signal = np.zeros((len(LEADS), self.num_samples), dtype=np.float32)

@@ -6,6 +6,7 @@ A store is a folder that may be moved::
     index.parquet       one row per record
     splits.csv          fold and split of each record
     shards/00000.bin    samples, int16 or float16; record after record, each [12, num_samples] in row order
+    doctor.html, .json  what is in the store and what somebody should look at, see hubert_ecg.data.doctor
     labels/NAME.npy     precomputed labels of tokens, where there are any; see hubert_ecg.data.label_sets
 
 A sample, in the units of the preprocessing, is its stored number times the scale of its record and lead.
@@ -144,9 +145,10 @@ class Store:
     @functools.cached_property
     def index(self) -> pd.DataFrame:
         """One row per record: record_id, dataset, source, source_rate_hz, leads (names of the file), num_samples
-        (stored), duration_s, patient_id, fold, age, sex, num_flat_leads, num_missing_samples, and for each task
-        ``labels_<task>`` (lists; None where its data set does not have the task) or ``value_<task>``."""
-        table = self._read(*(name for name in self._names if name not in _PLACES))
+        (stored), duration_s, patient_id, fold, age, sex, what :func:`hubert_ecg.data.quality.facts` says of it,
+        signal_hash, and for each task ``labels_<task>`` (lists; None where its data set does not have the task) or
+        ``value_<task>``."""
+        table = self._read(*self.columns)
         frame = table.select([name for name in table.column_names if not _is_list(table, name)]).to_pandas()
         for name in table.column_names:
             if name not in frame:
@@ -156,6 +158,22 @@ class Store:
     def column(self, name: str) -> np.ndarray:
         """One column of :attr:`index`, ``[N]``, without reading the others: of a large store, they fill the memory."""
         return self._read(name)[name].to_numpy()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of :attr:`index`."""
+        return tuple(name for name in self._names if name not in _PLACES)
+
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """Columns of :attr:`index`, many rows at a time, in order."""
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path / INDEX) as file:
+            yield from file.iter_batches(columns=list(columns))
+
+    def rows(self, positions: np.ndarray, *columns: str) -> list[dict[str, Any]]:
+        """Columns of :attr:`index` for some records, in their order."""
+        return self._read(*columns).take(np.asarray(positions, dtype=np.int64)).to_pylist() if len(positions) else []
 
     @property
     def splits(self) -> str:

@@ -13,6 +13,7 @@ from hubert_ecg.config import UserError
 from hubert_ecg.data.dataset import Dataset
 from hubert_ecg.data.folds import split_name
 from hubert_ecg.data.packing import Packed, Result, Settings, Skipped
+from hubert_ecg.data.quality import LEAD_FAULTS, NUM_HASH_BYTES
 from hubert_ecg.data.store import (
     BUILDING,
     FORMAT_VERSION,
@@ -52,8 +53,13 @@ def schema_of(dataset: Dataset) -> pa.Schema:
         "fold": pa.int8(),
         "age": pa.float32(),
         "sex": pa.string(),
-        "num_flat_leads": pa.int8(),
+        **dict.fromkeys(LEAD_FAULTS, pa.list_(pa.string())),
         "num_missing_samples": pa.int64(),
+        "size_mv": pa.float32(),
+        "limb_residual": pa.float32(),
+        "limb_mend": pa.string(),
+        "suspected_swap": pa.string(),
+        "signal_hash": pa.binary(NUM_HASH_BYTES),
     }
     for task in dataset.tasks:
         if dataset.problem_of(task) == "regression":

@@ -17,11 +17,12 @@ _PUBLIC = {
     "evaluate": "metrics",
     "EcgExample": "report",
     "write_audit": "report",
+    "write_doctor": "doctor",
     "write_json": "report",
     "write_predictions": "predictions",
     "write_report": "report",
 }
-_MODULES = ("audit", "audit_plots", "beats", "bootstrap", "metrics", "plots", "predictions", "report")
+_MODULES = ("audit", "audit_plots", "beats", "bootstrap", "doctor", "metrics", "plots", "predictions", "report")
 
 __all__ = [*_MODULES, *_PUBLIC]
 

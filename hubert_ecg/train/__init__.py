@@ -1,6 +1,7 @@
 """Training: the commands from features to evaluation, and prediction with their models."""
 
 from hubert_ecg.train.audit import audit
+from hubert_ecg.train.doctor import doctor
 from hubert_ecg.train.evaluate import evaluate
 from hubert_ecg.train.extract import cluster_features, extract_features
 from hubert_ecg.train.finetune import finetune
@@ -14,6 +15,7 @@ __all__ = [
     "audit",
     "cluster_features",
     "device",
+    "doctor",
     "evaluate",
     "extract_features",
     "finetune",

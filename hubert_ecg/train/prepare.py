@@ -1,4 +1,4 @@
-"""The prepare command: packing, shared by the processes that torchrun started."""
+"""The prepare command: packing, shared by the processes that torchrun started, then the doctor's report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from hubert_ecg import data
 from hubert_ecg.config import PrepareConfig
 from hubert_ecg.data.build import Ranks
 from hubert_ecg.train import distributed
+from hubert_ecg.train.doctor import examined
 
 
 def prepare(config: PrepareConfig) -> data.Store:
     """Run the prepare command. Stopped, it goes on where it was; under torchrun, each process packs a share.
+
+    It ends with the doctor's report in the store's folder.
 
     Raises:
         UserError: A data set is unknown or missing, no record can be read, or output_dir holds something else.
     """
     with distributed.ranks("cpu") as (_, rank, num_ranks):
         store = data.prepare(config, progress=rank == 0, ranks=Ranks(rank, num_ranks, distributed.gather))
+        if rank == 0:
+            examined(store, store.path)
         distributed.gather(None)
     return store

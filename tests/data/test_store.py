@@ -72,7 +72,7 @@ def test_index_and_labels(store):
     assert index["labels_all"].tolist() == [["B"], ["A"], [], ["A"], ["B"], ["A"]]
     assert index["leads"].tolist() == [list(LEADS)] * 6
     assert (index["source_rate_hz"] == 500).all()
-    assert (index["num_flat_leads"] == 0).all()
+    assert not index["flat_leads"].str.len().any()
     assert store.label_names("all") == ("A", "B")
     np.testing.assert_array_equal(store.targets("all"), [[0, 1], [1, 0], [0, 0], [1, 0], [0, 1], [1, 0]])
     assert store.targets("all").dtype == np.float32
