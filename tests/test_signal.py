@@ -110,6 +110,25 @@ def test_published_equals_the_published_chain_on_real_records(shared_data):
         np.testing.assert_allclose(ours, published(raw, rate_hz, 2500), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate_hz", [250, 257, 360, 400, 499.97, 500, 1000])
+def test_published_filter_is_filtfilt_up_to_the_ends(rate_hz):
+    """The shortest records too, and odd and even lengths."""
+    taps = signal._published_taps(rate_hz)
+    shortest = 3 * len(taps) + 1
+    for num_samples in (shortest, shortest + 1, int(4.37 * rate_hz), int(10 * rate_hz) + 1):
+        record = random_record(num_samples)
+        ours = signal._published_filter(torch.from_numpy(record), rate_hz)
+        np.testing.assert_allclose(ours, scipy.signal.filtfilt(taps, 1, record), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num", [999, 1000, 1250, 1251, 2500])
+@pytest.mark.parametrize("num_samples", [1000, 1001])
+def test_resampling_is_scipys(num_samples, num):
+    record = random_record(num_samples)
+    ours = signal._resample(torch.from_numpy(record), num)
+    np.testing.assert_allclose(ours, scipy.signal.resample(record, num, axis=1), rtol=0, atol=1e-12)
+
+
 def test_forward_backward_is_filtfilt_of_short_and_recursive_filters():
     record = torch.from_numpy(random_record(700))
     taps = scipy.signal.firwin(31, 0.2)
