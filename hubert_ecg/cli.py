@@ -32,7 +32,7 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command(configs.PrepareConfig, "data:prepare"),
+    "prepare": Command(configs.PrepareConfig, "train:prepare"),
     "extract": Command(configs.ExtractConfig, "train:extract_features"),
     "cluster": Command(configs.ClusterConfig, "train:cluster_features"),
     "audit": Command(configs.AuditConfig, "train:audit"),

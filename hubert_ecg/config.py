@@ -76,7 +76,8 @@ class DataConfig(_Checked):
     """Where recordings come from and how they become model input.
 
     Args:
-        data_path: A folder of recordings (WFDB, .npy, ...), a data set's own folder, or a packed store.
+        data_path: A folder of recordings (WFDB, .npy, ...), a data set's own folder, or a packed store; several folders
+            with commas between them are several data sets.
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
         lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
             Default: the twelve leads in standard order.
@@ -102,13 +103,17 @@ class PrepareConfig(DataConfig):
     """Pack recordings into a store: read once, memory-mapped ever after.
 
     Args:
+        data_path: A folder of recordings (WFDB, .npy, ...), or a data set's own folder; several with commas between
+            them, one for each data set. Default: $HUBERT_ECG_DATA/DATASET, or ./data/DATASET.
         output_dir: Folder of the store.
-        dataset: Name of the data set, which knows labels and folds. "auto" looks at the folder.
+        dataset: Name of the data set, which knows labels and folds; several with commas between them. "auto" looks at
+            the folder, and takes all data sets in it.
         signal_dtype: How samples are kept on disk.
         splits_from: CSV file of splits to use: record_id (or filename), and fold (1 to 10) or split (train, validation,
             test). Default: the data set's own folds, or folds by patient.
     """
 
+    data_path: Path | None = None  # type: ignore[assignment]
     output_dir: Path = dataclasses.field(kw_only=True)
     dataset: str = "auto"
     signal_dtype: Literal["int16", "float16"] = "int16"
@@ -339,9 +344,10 @@ class LabelledConfig(_Checked):
     """A labelled data set and where it lies.
 
     Args:
-        dataset: Data set name (ptbxl, chapman, ...).
+        dataset: Data set name (ptbxl, chapman, ...); several with commas between them.
         task: Task of the data set (all, rhythm, form, ...).
-        data_path: Folder of the data set, or a packed store. Default: $HUBERT_ECG_DATA/DATASET, or ./data/DATASET.
+        data_path: Folder of the data set, or a packed store; several folders with commas between them. Default:
+            $HUBERT_ECG_DATA/DATASET, or ./data/DATASET.
         sampling_rate: Sampling rate in Hz of files that do not carry one (.npy). WFDB files know theirs.
         lead_names: The rows of files that do not name their leads (.npy), such as I,II,V2; - leaves a row out.
             Default: the twelve leads in standard order.

@@ -9,53 +9,66 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import hubert_ecg.signal
 from hubert_ecg.config import Compat, PrepareConfig, UserError, cache_root
-from hubert_ecg.data.dataset import Dataset, Entry, learnable
+from hubert_ecg.data.dataset import Dataset
 from hubert_ecg.data.datasets import open_dataset
-from hubert_ecg.data.folds import FOLD_SEED, NO_FOLD, assign_folds, given_folds, read_splits, split_name
-from hubert_ecg.data.packing import BASE_RATE_HZ, Packed, Result, Settings, Skipped, packed_chunks
+from hubert_ecg.data.folds import check_given, given_folds, read_splits, split_entries
+from hubert_ecg.data.packing import BASE_RATE_HZ, Result, Settings, packed_chunks
+from hubert_ecg.data.progress import Progress, say
 from hubert_ecg.data.record import lead_list
-from hubert_ecg.data.store import (
-    BUILDING,
-    FORMAT_VERSION,
-    INDEX,
-    MANIFEST,
-    SHARDS,
-    Store,
-    file_hash,
-    is_store,
-    label_column,
-    shard_name,
-    stream_hash,
-    value_column,
-)
-from hubert_ecg.files import replacing, write_text
-from hubert_ecg.signal import LEADS
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from hubert_ecg.data.store import BUILDING, FORMAT_VERSION, INDEX, MANIFEST, SHARDS, Store, is_store, stream_hash
+from hubert_ecg.data.writing import finish, part_of, schema_of, write_shard
+from hubert_ecg.files import write_text
 
 SHARD_RECORDS = 1024
-SPLITS_TABLE = "splits.csv"
 # Records that go to a worker at once.
 _CHUNK_RECORDS = 32
 # Below this many records, starting worker processes costs more than it saves.
 _POOL_FROM_RECORDS = 256
-# Shards whose rows are in memory together while the index is put together.
-_INDEX_SHARDS = 256
 _SKIPPED_SHOWN = 10
 # Another process may be creating these while this one looks.
 _OWN_FILES = {SHARDS, BUILDING, INDEX, MANIFEST}
+# What one machine writes into a shared folder, others may see later.
+_SEEN_WITHIN_S = 60.0
 
 
-def prepare(config: PrepareConfig, progress: bool = True) -> Store:
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The processes that build a store together, each the same function with the same arguments.
+
+    Args:
+        rank: Number of this one.
+        num_ranks: How many there are.
+        gather: Gives the values of all ranks in their order, on every rank, and waits for all of them.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 gets from the work, on every rank; where it raises a UserError, all do."""
+        result: Any = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                result = error
+        result = self.gather(result)[0]
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+
+def prepare(config: PrepareConfig, progress: bool = True, ranks: Ranks | None = None) -> Store:
     """Pack recordings into a store at ``config.output_dir``.
 
     Run again after it was stopped, it goes on where it was; run again when it is finished, it opens the store.
@@ -63,12 +76,11 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Store:
     Args:
         config: The recordings and the settings.
         progress: Show a progress bar on stderr, then how many records there are and which were skipped, and why.
+        ranks: The processes that share the work; None for this one alone.
 
     Raises:
-        UserError: The data set is unknown or missing, no record can be read, or output_dir holds something else.
+        UserError: A data set is unknown or missing, no record can be read, or output_dir holds something else.
     """
-    if is_store(config.data_path):
-        raise UserError(f"{config.data_path} is a packed store already")
     dataset = open_dataset(
         config.dataset,
         config.data_path,
@@ -84,6 +96,7 @@ def prepare(config: PrepareConfig, progress: bool = True) -> Store:
         num_workers=config.num_workers,
         progress=progress,
         splits_from=config.splits_from,
+        ranks=ranks,
     )
 
 
@@ -105,8 +118,9 @@ def open_store(
     The cache notices changes of files (names, sizes, times), of settings, and of the code that prepares signals.
 
     Args:
-        data_path: A packed store, or a folder of recordings; by default where the data set is found.
-        dataset: Name of the data set, or "auto".
+        data_path: A packed store, or a folder of recordings; by default where the data set is found. Several folders
+            with commas between them are several data sets.
+        dataset: Name of the data set, or "auto"; several with commas between them.
         sampling_rate: Rate in Hz of files that do not carry one.
         lead_names: Rows of files that do not name their leads, split by commas; None for the twelve in standard order.
         downsampling_factor: Model input has 500 Hz divided by this.
@@ -126,17 +140,16 @@ def open_store(
         if splits is None:
             return store
         folds = given_folds(splits, store.column("record_id"), store.column("source"), str(splits_from))
-        if progress and (left_out := folds.count(NO_FOLD)):
-            _console().print(f"{splits_from} leaves out {left_out} of {len(store)} records", highlight=False)
+        for line in check_given(folds, store.column("patient_id"), str(splits_from)) if progress else ():
+            say(line)
         return Store(store.path, np.array(folds))
 
     if data_path is not None and is_store(data_path):
         return with_splits(_matching(Store(data_path), dataset, settings))
-    if data_path is None and dataset == "auto":
-        raise UserError("which recordings? Give their folder with --data_path, or a data set with --dataset")
     source = open_dataset(dataset, data_path, sampling_rate_hz=sampling_rate, lead_names=lead_list(lead_names))
     folder = cache_root(None if cache_dir is None else Path(cache_dir)) / "stores"
-    folder /= f"{source.name}-{_plan(source, settings)['hash'][:16]}"
+    kind = source.name if len(source.parts) == 1 else "several"
+    folder /= f"{kind}-{_plan(source, settings)['hash'][:16]}"
     return with_splits(build(source, folder, settings, num_workers=num_workers, progress=progress))
 
 
@@ -165,20 +178,37 @@ def build(
     progress: bool = False,
     shard_records: int = SHARD_RECORDS,
     splits_from: str | Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Store:
     """Pack a data set into a folder, or finish what an earlier run began there; a finished store is opened.
 
-    Several processes may ask for the same folder: one builds, the others wait.
+    Several processes may ask for the same folder: one builds, the others wait. Ranks build it together: each packs a
+    share of the shards, and the first one finishes. The store is the same whatever the number of processes and ranks.
 
     Raises:
-        UserError: The folder holds something else, or no record can be read.
+        UserError: The folder holds something else, no record can be read, or ranks do not see the same files.
     """
-    folder, settings = Path(folder), settings or Settings()
+    folder, settings, ranks = Path(folder), settings or Settings(), ranks or Ranks()
     plan = _plan(dataset, settings) | {"shard_records": shard_records}
     if splits_from is not None:
         plan["splits"] = read_splits(splits_from)
-    if (folder / MANIFEST).is_file():
+    if len(set(ranks.gather(plan["hash"]))) > 1:
+        raise UserError(f"{dataset.name}: ranks see other recordings or run other code than rank 0: a shared folder?")
+    if ranks.first(lambda: (folder / MANIFEST).is_file()):
         return _finished(folder, plan)
+    ranks.first(lambda: _make_folder(folder))
+    with _locked(folder / ".lock", progress) if ranks.rank == 0 else contextlib.nullcontext():
+        if ranks.first(lambda: _begun(folder, plan)):
+            return _finished(folder, plan)
+        _see_the_same(folder, ranks)
+        _pack(dataset, folder, settings, plan, num_workers, progress, splits_from, ranks)
+    store = Store(folder)
+    if progress:
+        _tell(store)
+    return store
+
+
+def _make_folder(folder: Path) -> None:
     if (
         folder.exists()
         and not is_store(folder)
@@ -198,21 +228,39 @@ def build(
         raise UserError(
             f"cannot write into {folder}: choose another folder; HUBERT_ECG_CACHE names another cache folder"
         )
-    with _locked(folder / ".lock", progress):
-        if (folder / MANIFEST).is_file():
-            return _finished(folder, plan)
-        begun = folder / BUILDING
-        if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != plan:
-            raise UserError(
-                f"{folder} holds an unfinished store of other data or settings: delete it, or choose a new one"
-            )
-        write_text(begun, json.dumps(plan, indent=1))
-        (folder / SHARDS).mkdir(exist_ok=True)
-        _pack(dataset, folder, settings, plan, num_workers, progress, splits_from)
-        store = Store(folder)
-        if progress:
-            _tell(store)
-        return store
+
+
+def _begun(folder: Path, plan: dict[str, Any]) -> bool:
+    """Begins a store, or goes on with the one that was begun here. Returns whether it is finished already."""
+    if (folder / MANIFEST).is_file():
+        return True
+    begun = folder / BUILDING
+    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != plan:
+        raise UserError(f"{folder} holds an unfinished store of other data or settings: delete it, or choose a new one")
+    write_text(begun, json.dumps(plan, indent=1))
+    (folder / SHARDS).mkdir(exist_ok=True)
+    return False
+
+
+def _see_the_same(folder: Path, ranks: Ranks) -> None:
+    """Raises UserError where a rank has not the folder that rank 0 has: what it packs would be lost."""
+    if ranks.num_ranks == 1:
+        return
+    blind = [rank for rank, sees in enumerate(ranks.gather(_appears(folder / BUILDING))) if not sees]
+    if blind:
+        raise UserError(
+            f"rank {blind[0]} does not see what rank 0 writes into {folder}: ranks pack into one folder, on a file "
+            "system that all machines share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    end = time.monotonic() + _SEEN_WITHIN_S
+    while not path.is_file():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _plan(dataset: Dataset, settings: Settings) -> dict[str, Any]:
@@ -247,7 +295,8 @@ def _finished(folder: Path, plan: dict[str, Any]) -> Store:
 
 
 def _matching(store: Store, dataset: str, settings: Settings) -> Store:
-    if dataset not in ("auto", store.dataset):
+    named, held = (sorted(name.strip() for name in names.split(",")) for names in (dataset, store.dataset))
+    if dataset != "auto" and named != held:
         raise UserError(f"store {store.path} holds {store.dataset}, not {dataset}")
     for name in ("downsampling_factor", "compat"):
         has, wanted = getattr(store, name), getattr(settings, name)
@@ -265,30 +314,12 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if progress:
-            _console().print(f"another process is packing {path.parent}: waiting for it")
+            say(f"another process is packing {path.parent}: waiting for it")
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
-
-
-def _with_splits(
-    dataset: Dataset, splits: dict[str, int] | None, splits_from: str | Path | None
-) -> tuple[list[Entry], dict[str, Any]]:
-    """The entries as they are packed, with folds and learnable labels, and what the manifest says of both."""
-    entries, dropped = learnable(dataset.entries(), dataset.synonyms, keep_lone=splits is not None)
-    if splits is not None:
-        said = "given"
-        names = [entry.record_id for entry in entries], [entry.source for entry in entries]
-        folds = given_folds(splits, *names, str(splits_from))
-    else:
-        official = all(entry.fold is not None for entry in entries)
-        said = "official" if official else f"by patient, labels spread evenly, seed {FOLD_SEED}"
-        task = next((task for task in dataset.tasks if dataset.problem_of(task) != "regression"), None)
-        folds = assign_folds(entries, task)
-    entries = [dataclasses.replace(entry, fold=fold) for entry, fold in zip(entries, folds, strict=True)]
-    return entries, {"folds": said, "dropped_labels": dropped}
 
 
 def _pack(
@@ -299,93 +330,41 @@ def _pack(
     num_workers: int,
     progress: bool,
     splits_from: str | Path | None,
+    ranks: Ranks,
 ) -> None:
-    entries, split_facts = _with_splits(dataset, plan.get("splits"), splits_from)
+    entries, split_facts = split_entries(dataset, plan.get("splits"), str(splits_from))
+    if progress and splits_from is not None:
+        folds, patients = [entry.fold or 0 for entry in entries], [entry.patient_id for entry in entries]
+        for line in check_given(folds, patients, str(splits_from)):
+            say(line)
     size = plan["shard_records"]
     shards = [entries[start : start + size] for start in range(0, len(entries), size)]
-    todo = [position for position in range(len(shards)) if not _part(folder, position).is_file()]
+    todo = ranks.first(lambda: [position for position in range(len(shards)) if not part_of(folder, position).is_file()])
+    mine = todo[ranks.rank :: ranks.num_ranks]
     chunks = [
         (position, shards[position][start : start + _CHUNK_RECORDS])
-        for position in todo
+        for position in mine
         for start in range(0, len(shards[position]), _CHUNK_RECORDS)
     ]
     remaining = sum(len(chunk) for _, chunk in chunks)
-    schema = _schema(dataset)
+    total, title = len(entries), f"packing {dataset.name}"
+    if ranks.num_ranks > 1:
+        total, title = remaining, f"{title}, the share of one of {ranks.num_ranks} ranks"
+    schema = schema_of(dataset)
     processes = num_workers if remaining >= _POOL_FROM_RECORDS else 0
     with (
-        _progress_bar(f"packing {dataset.name}", len(entries), len(entries) - remaining, progress) as advance,
+        Progress(title, total, total - remaining, progress) as bar,
         contextlib.closing(packed_chunks(dataset, settings, chunks, processes)) as packed,
     ):
         results: list[Result] = []
         for position, chunk in packed:
             results += chunk
-            advance(len(chunk))
+            bar.advance(len(chunk))
             if len(results) == len(shards[position]):
-                _write_shard(folder, position, results, schema, settings)
+                write_shard(folder, position, results, dataset, schema, settings)
                 results = []
-    _finish(dataset, folder, settings, plan, len(shards), split_facts)
-
-
-def _schema(dataset: Dataset) -> pa.Schema:
-    import pyarrow as pa
-
-    fields = {
-        "record_id": pa.string(),
-        "source": pa.string(),
-        "source_rate_hz": pa.float64(),
-        "leads": pa.list_(pa.string()),
-        "num_samples": pa.int64(),
-        "duration_s": pa.float64(),
-        "patient_id": pa.string(),
-        "fold": pa.int8(),
-        "age": pa.float32(),
-        "sex": pa.string(),
-        "num_flat_leads": pa.int8(),
-        "num_missing_samples": pa.int64(),
-    }
-    for task in dataset.tasks:
-        if dataset.problem_of(task) == "regression":
-            fields[value_column(task)] = pa.float64()
-        else:
-            fields[label_column(task)] = pa.list_(pa.string())
-    fields |= {
-        "shard": pa.int32(),
-        "offset": pa.int64(),
-        "scale": pa.list_(pa.float32(), len(LEADS)),
-        "present": pa.list_(pa.bool_(), len(LEADS)),
-    }
-    return pa.schema(list(fields.items()))
-
-
-def _part(folder: Path, position: int) -> Path:
-    """The index of one shard; where it is, the shard is finished."""
-    return folder / SHARDS / f"{shard_name(position)}.parquet"
-
-
-def _write_shard(folder: Path, position: int, results: list[Result], schema: pa.Schema, settings: Settings) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    packed = [result for result in results if isinstance(result, Packed)]
-    unlabelled: dict[str, Any] = {name: [] for name in schema.names if name.startswith(label_column(""))}
-    offset, rows = 0, []
-    for item in packed:
-        rows.append({**unlabelled, **item.row, "shard": position, "offset": offset})
-        offset += item.samples.size
-    with replacing(folder / SHARDS / f"{shard_name(position)}.bin") as path, open(path, "wb") as file:
-        for item in packed:
-            file.write(np.ascontiguousarray(item.samples).data)
-    shard = {
-        "name": shard_name(position),
-        "num_records": len(packed),
-        "num_bytes": offset * np.dtype(settings.signal_dtype).itemsize,
-        "hash": stream_hash([item.samples.tobytes() for item in packed]),
-    }
-    skipped = [(result.source, result.reason) for result in results if isinstance(result, Skipped)]
-    facts = {"shard": json.dumps(shard), "skipped": json.dumps(skipped)}
-    table = pa.Table.from_pylist(rows, schema=schema).replace_schema_metadata(facts)
-    with replacing(_part(folder, position)) as path:
-        pq.write_table(table, path)
+    ranks.gather(None)
+    ranks.first(lambda: _finish(dataset, folder, settings, plan, len(shards), split_facts))
 
 
 def _finish(
@@ -396,102 +375,24 @@ def _finish(
     num_shards: int,
     split_facts: dict[str, Any],
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    shards, skipped, hours, num_records = [], [], 0.0, 0
-    label_names: dict[str, set[str]] = {task: set() for task in dataset.tasks}
-    with replacing(folder / INDEX) as path, pq.ParquetWriter(path, _schema(dataset)) as writer:
-        for first in range(0, num_shards, _INDEX_SHARDS):
-            some = range(first, min(first + _INDEX_SHARDS, num_shards))
-            parts = [pq.read_table(_part(folder, position)) for position in some]
-            shards += [json.loads(part.schema.metadata[b"shard"]) for part in parts]
-            skipped += [item for part in parts for item in json.loads(part.schema.metadata[b"skipped"])]
-            table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
-            num_records += table.num_rows
-            hours += sum(table["duration_s"].to_pylist()) / 3600
-            for task, names in label_names.items():
-                if dataset.problem_of(task) == "regression":
-                    names.add(task)
-                else:
-                    names.update(table[label_column(task)].combine_chunks().flatten().unique().to_pylist())
-            writer.write_table(table)
-        if not num_records:
-            source, reason = skipped[0] if skipped else (str(folder), "it is empty")
-            which = f"none of {len(skipped)} records can be read; the first, {source}"
-            raise UserError(f"{dataset.name}: {which}: {reason}")
-    index_hash = file_hash(folder / INDEX)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "dataset": dataset.name,
-        "num_records": num_records,
-        "hours": round(hours, 4),
-        "sampling_rate_hz": settings.sampling_rate_hz,
-        "stored_rate_hz": settings.stored_rate_hz,
-        "leads": list(LEADS),
-        "settings": dataclasses.asdict(settings),
-        **split_facts,
-        "splits_hash": _write_splits(folder),
-        "problem": dataset.problem,
-        "tasks": list(dataset.tasks),
-        "label_names": {task: sorted(names) for task, names in label_names.items()},
-        "shards": shards,
-        "index_hash": index_hash,
-        "hash": stream_hash([index_hash.encode(), *(shard["hash"].encode() for shard in shards)]),
-        "skipped": skipped,
-        "plan": plan,
-    }
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
-    # From here the store is whole; what is left over from building goes.
     for position in range(num_shards):
-        _part(folder, position).unlink()
-    (folder / BUILDING).unlink()
-
-
-def _write_splits(folder: Path) -> str:
-    """Which record of the index is in which split, as ``--splits_from`` reads it. Returns the hash of the file."""
-    import pyarrow.parquet as pq
-
-    frame = pq.read_table(folder / INDEX, columns=["record_id", "patient_id", "fold"]).to_pandas()
-    frame["split"] = frame["fold"].map(split_name)
-    with replacing(folder / SPLITS_TABLE) as temporary:
-        frame.to_csv(temporary, index=False)
-    return file_hash(folder / SPLITS_TABLE)
+        if not _appears(part_of(folder, position)):
+            raise UserError(
+                f"{part_of(folder, position)} is not to be seen where the store is finished: run again to go on; ranks "
+                "on several machines need a file system that all of them share"
+            )
+    finish(dataset, folder, settings, plan, num_shards, split_facts)
 
 
 def _tell(store: Store) -> None:
     """Says what was packed, and names what was not."""
-    say = functools.partial(_console().print, highlight=False, markup=False, soft_wrap=True)
     say(f"{len(store)} records in {store.path}" + (f", {len(store.skipped)} skipped:" if store.skipped else ""))
     for source, reason in store.skipped[:_SKIPPED_SHOWN]:
         say(f"  {source}: {reason}")
     if len(store.skipped) > _SKIPPED_SHOWN:
         say(f"  and {len(store.skipped) - _SKIPPED_SHOWN} more in {store.path / MANIFEST}")
+    counts = store.manifest["datasets"]
+    if len(counts) > 1:
+        say("of them " + ", ".join(f"{name} {facts['num_records']}" for name, facts in counts.items()))
     for task, labels in store.manifest["dropped_labels"].items():
         say(f"{task}: labels of one patient alone are left out: {', '.join(labels)}")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-@contextlib.contextmanager
-def _progress_bar(title: str, total: int, done: int, shown: bool) -> Iterator[Any]:
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=_console()) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)

@@ -35,8 +35,9 @@ class Entry:
         fold: Official fold 1 to 10, or None.
         age: Age in years.
         sex: ``"female"`` or ``"male"``.
-        labels: The labels of each task with labels.
+        labels: The labels of each task; none at all is a negative, a task that is not there says nothing.
         values: The number of each regression task.
+        dataset: Which of several data sets it is from, see :class:`hubert_ecg.data.datasets.several.Several`.
     """
 
     record_id: str
@@ -48,6 +49,7 @@ class Entry:
     sex: str | None = None
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dataset: str = ""
 
 
 class Dataset(abc.ABC):
@@ -69,6 +71,10 @@ class Dataset(abc.ABC):
     problem: str = "multilabel"
     # Labels that a task counts as another one; entries have them as published.
     synonyms: ClassVar[Mapping[str, str]] = {}
+    # Suffix of the recordings that it takes from anywhere below its folder; without one, its table says where they are.
+    spread: ClassVar[str] = ""
+    # Whether its recordings lie beside its table or in other folders next to it.
+    gathers: ClassVar[bool] = False
 
     def __init__(
         self, data_path: Path | None = None, *, sampling_rate_hz: float = 500.0, lead_names: tuple[str, ...] = LEADS
@@ -83,8 +89,17 @@ class Dataset(abc.ABC):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """Whether "auto" should take the folder for this data set."""
+        """Whether the files in this very folder say that it is this data set, or a part of it."""
         return False
+
+    @property
+    def parts(self) -> Mapping[str, Dataset]:
+        """The data sets that this one is made of, by the names that tell their records apart."""
+        return {self.name: self}
+
+    def own(self, entry: Entry) -> Entry:
+        """An entry as the data set has it that it is from."""
+        return entry
 
     @abc.abstractmethod
     def entries(self) -> list[Entry]:
@@ -145,24 +160,34 @@ def learnable(
     """The entries with the labels that a model is to learn: synonyms are one label, and labels of one patient alone are
     left out, because no split could both train and test them.
 
-    Where every entry has an official fold, its labels are official too, and none is left out.
+    Where that patient has an official fold, the label is official too, and stays.
 
     Returns:
         The entries, and the labels left out of each task, sorted.
     """
-    merged = list(entries)
-    if synonyms:
-        merged = [_relabelled(entry, lambda task, label: synonyms.get(label, label)) for entry in entries]
-    if keep_lone or all(entry.fold is not None for entry in entries):
+    merged = with_synonyms(entries, synonyms)
+    official = {patient_name(entry) for entry in entries if entry.fold is not None}
+    if keep_lone:
         return merged, {}
+
+    def is_lone(patients: set[str]) -> bool:
+        return len(patients) == 1 and not patients <= official
+
     tasks = {task: None for entry in merged for task in entry.labels}
-    lone = {task: sorted(x for x, having in carriers(merged, task).items() if len(having) == 1) for task in tasks}
+    lone = {task: sorted(x for x, having in carriers(merged, task).items() if is_lone(having)) for task in tasks}
     lone = {task: labels for task, labels in lone.items() if labels}
     if lone:
         merged = [
             _relabelled(entry, lambda task, label: None if label in lone.get(task, ()) else label) for entry in merged
         ]
     return merged, lone
+
+
+def with_synonyms(entries: Sequence[Entry], synonyms: Mapping[str, str]) -> list[Entry]:
+    """The entries with labels that count as another one replaced by it."""
+    if not synonyms:
+        return list(entries)
+    return [_relabelled(entry, lambda task, label: synonyms.get(label, label)) for entry in entries]
 
 
 def _relabelled(entry: Entry, rename: Callable[[str, str], str | None]) -> Entry:
@@ -199,6 +224,16 @@ def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
             for name in sorted(files):
                 if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                     yield Path(parent, name)
+
+
+def files_in(folder: Path, suffix: str, most: int | None = None) -> list[Path]:
+    """The first files of a folder itself whose suffix (lower case) is this one, sorted."""
+    names = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if os.path.splitext(entry.name)[1].lower() == suffix and not entry.name.startswith(".")
+    )
+    return [folder / name for name in names[:most]]
 
 
 def locate(folder: Path, name: str) -> Path | None:

@@ -8,15 +8,17 @@ goes to train and test, of three or more to each of the three splits. A table of
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Entry, number, patient_name
+from hubert_ecg.data.dataset import Dataset, Entry, learnable, number, patient_name
 from hubert_ecg.data.readers import READERS
 
 NUM_FOLDS = 10
@@ -39,6 +41,68 @@ def split_name(fold: int) -> str:
     if fold == NO_FOLD:
         return ""
     return {VALIDATION_FOLD: "validation", TEST_FOLD: "test"}.get(fold, "train")
+
+
+def split_entries(
+    dataset: Dataset, splits: Mapping[str, int] | None = None, path: str | Path = ""
+) -> tuple[list[Entry], dict[str, Any]]:
+    """The entries of a data set as they are packed: with folds, and with the labels that a model is to learn.
+
+    In a store of several data sets, each record is in the fold that it has in a store of its data set alone: a model
+    that is pretrained on all of them and fine-tuned on one has not seen its test records.
+
+    Args:
+        dataset: The data set.
+        splits: A table of splits that holds instead of its own.
+        path: The file of the table, for messages.
+
+    Returns:
+        The entries, and what the manifest says: where the ``folds`` come from, and ``dropped_labels`` of each task.
+
+    Raises:
+        UserError: The table knows none of the records.
+    """
+    given = dataset.entries()
+    entries, dropped = learnable(given, dataset.synonyms, keep_lone=splits is not None)
+    if splits is not None:
+        folds = given_folds(splits, [entry.record_id for entry in given], [entry.source for entry in given], path)
+        said = "given"
+    else:
+        origin: dict[str, list[str]] = {}
+        folds = []
+        for name, part in dataset.parts.items():
+            own = [dataset.own(entry) for entry in given if part is dataset or entry.dataset == name]
+            own, _ = learnable(own, part.synonyms)
+            official = all(entry.fold is not None for entry in own)
+            where = "official" if official else f"by patient, labels spread evenly, seed {FOLD_SEED}"
+            origin.setdefault(where, []).append(name)
+            task = next((task for task in part.tasks if part.problem_of(task) != "regression"), None)
+            folds += assign_folds(own, task)
+        said = "; ".join(f"{where} ({', '.join(its)})" if len(origin) > 1 else where for where, its in origin.items())
+    entries = [dataclasses.replace(entry, fold=fold) for entry, fold in zip(entries, folds, strict=True)]
+    return entries, {"folds": said, "dropped_labels": dropped}
+
+
+def check_given(folds: Sequence[int], patients: Iterable[str | None], path: str | Path) -> list[str]:
+    """What a user should know about the folds that a given table makes: records left out, and patients parted.
+
+    Args:
+        folds: The fold of each record.
+        patients: The patient of each record, None where it is not known.
+        path: The file of the table.
+    """
+    news = []
+    if left_out := list(folds).count(NO_FOLD):
+        news.append(f"{path} leaves out {left_out} of {len(folds)} records")
+    seen: dict[str, set[str]] = {}
+    for fold, patient in zip(folds, patients, strict=True):
+        if patient is not None and patient == patient and fold != NO_FOLD:
+            seen.setdefault(patient, set()).add(split_name(fold))
+    parted = sorted(patient for patient, splits in seen.items() if len(splits) > 1)
+    if parted:
+        example = f"patient {parted[0]} is in {' and '.join(sorted(seen[parted[0]]))}"
+        news.append(f"{path} parts {len(parted)} of {len(seen)} patients: {example}; their tests are no tests")
+    return news
 
 
 def assign_folds(entries: Sequence[Entry], task: str | None = None, seed: int = FOLD_SEED) -> list[int]:

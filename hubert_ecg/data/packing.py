@@ -18,7 +18,7 @@ import numpy as np
 from hubert_ecg.config import Compat, UserError
 from hubert_ecg.data.dataset import Dataset, Entry, describe
 from hubert_ecg.data.readers import ReadError
-from hubert_ecg.data.record import Record
+from hubert_ecg.data.record import SLOWEST_HZ, Record
 from hubert_ecg.data.store import label_column, value_column
 from hubert_ecg.signal import prepare_ecg_for_inference
 
@@ -132,6 +132,10 @@ def _pack_chunk(dataset: Dataset, settings: Settings, entries: list[Entry]) -> l
         try:
             record = describe(dataset.read(entry), entry)
             leads, present = record.standard_leads()
+            if record.sampling_rate_hz < SLOWEST_HZ:
+                raise ReadError(
+                    f"sampled at {record.sampling_rate_hz:g} Hz; at least {SLOWEST_HZ:g} Hz show a QRS complex"
+                )
             if record.duration_s < _SHORTEST_S:
                 raise ReadError(f"only {record.duration_s:g} s long; at least {_SHORTEST_S:g} s are needed")
             signal = prepare_ecg_for_inference(
@@ -169,6 +173,7 @@ def _quantise(
         samples,
         {
             "record_id": _as_utf8(record.record_id),
+            **({"dataset": entry.dataset} if entry.dataset else {}),
             "source": _as_utf8(record.source),
             "source_rate_hz": record.sampling_rate_hz,
             "leads": list(record.lead_names),

@@ -34,6 +34,9 @@ _MV_PER_UNIT |= dict.fromkeys(("uv", "µv", "μv", "microvolt"), 1e-3)
 # No electrode sees this much (mV); a signal beyond it has a wrong gain or damaged samples.
 LARGEST_MV = 1e9
 
+# Below this rate no QRS complex can be seen: what says so means another unit, or counts samples.
+SLOWEST_HZ = 20.0
+
 
 def lead_name(name: str) -> str | None:
     """The standard name of a lead, or None for one outside the twelve (Frank leads, respiration, ...).

@@ -76,7 +76,7 @@ class Store:
             each crop, else the same as sampling_rate_hz.
         downsampling_factor: 500 / sampling_rate_hz.
         compat: "corrected" or "published".
-        dataset: Name of the data set.
+        dataset: Name of the data set; of several, with commas between them.
         tasks: Its tasks.
         problem: "multilabel"; :meth:`problem_of` says it task by task.
         skipped: Files that could not be read, each with the reason.
@@ -134,7 +134,7 @@ class Store:
             signal[0],
             self.stored_rate_hz,
             LEADS,
-            labels={task: tuple(row[label_column(task)]) for task in self.tasks if label_column(task) in row},
+            labels={task: tuple(row[name]) for task in self.tasks if row.get(name := label_column(task)) is not None},
             **{key: row[key] for key in _FACTS},
         )
 
@@ -143,9 +143,9 @@ class Store:
 
     @functools.cached_property
     def index(self) -> pd.DataFrame:
-        """One row per record: record_id, source, source_rate_hz, leads (names of the file), num_samples (stored),
-        duration_s, patient_id, fold, age, sex, num_flat_leads, num_missing_samples, and for each task ``labels_<task>``
-        (lists) or ``value_<task>``."""
+        """One row per record: record_id, dataset, source, source_rate_hz, leads (names of the file), num_samples
+        (stored), duration_s, patient_id, fold, age, sex, num_flat_leads, num_missing_samples, and for each task ``labels_<task>``
+        (lists; None where its data set does not have the task) or ``value_<task>``."""
         table = self._read(*(name for name in self._names if name not in _PLACES))
         frame = table.select([name for name in table.column_names if not _is_list(table, name)]).to_pandas()
         for name in table.column_names:
@@ -161,6 +161,13 @@ class Store:
     def splits(self) -> str:
         """Where the folds come from: "official", "by patient, ..." or "given"."""
         return self.manifest["folds"] if self._given_folds is None else "given"
+
+    @functools.cached_property
+    def datasets(self) -> np.ndarray:
+        """Name of the data set of each record, ``[N]``."""
+        if "dataset" in self._names:
+            return self.column("dataset")
+        return np.full(len(self), self.dataset, dtype=object)
 
     @functools.cached_property
     def num_samples(self) -> np.ndarray:
@@ -251,7 +258,8 @@ class Store:
     def targets(self, task: str) -> np.ndarray:
         """What a model of the task should say, ``[N, C] float32`` in the order of :meth:`label_names`.
 
-        0 and 1 for labels; the value, or NaN where there is none, for regression.
+        0 and 1 for labels; the value for regression. NaN where a record says nothing of the task: its data set does
+        not have it, or it has no value.
 
         Raises:
             UserError: There is no such task.
@@ -260,12 +268,13 @@ class Store:
         if self.problem_of(task) == "regression":
             return self.column(value_column(task)).astype(np.float32)[:, None]
         column = self._read(label_column(task))[label_column(task)].combine_chunks()
-        counts = column.value_lengths().to_numpy(zero_copy_only=False)
+        counts = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         rows = np.repeat(np.arange(len(self)), counts)
         targets = np.zeros((len(self), len(names)), dtype=np.float32)
         labels = column.flatten().to_numpy(zero_copy_only=False)
         if len(labels):
             targets[rows, np.searchsorted(np.array(names, dtype=object), labels)] = 1.0
+        targets[column.is_null().to_numpy(zero_copy_only=False)] = np.nan
         return targets
 
     @property

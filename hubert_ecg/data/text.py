@@ -12,15 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hubert_ecg.data.record import Record, lead_name, voltages
+from hubert_ecg.data.record import SLOWEST_HZ, Record, lead_name, voltages
 
 _COLUMN = re.compile(r"(?P<name>.*?)\s*(?:[\[(](?P<unit>[^\])]*)[\])])?")
 _TIME_NAMES = ("time", "t", "seconds")
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6}
-
-
-# Below it no QRS complex can be seen: such a time is in ms, or counts samples.
-_SLOWEST_HZ = 20.0
 
 
 def header(path: Path) -> tuple[str, ...]:
@@ -76,9 +72,9 @@ def _rate_hz(time_s: np.ndarray) -> float:
     grid = time_s[0] + step * np.arange(len(time_s))
     if not step > 0 or not np.abs(time_s - grid).max() <= step / 2:
         raise ValueError("from_columns: time must grow in even steps, got gaps or none")
-    if step > 1 / _SLOWEST_HZ:
+    if step > 1 / SLOWEST_HZ:
         raise ValueError(
-            f"from_columns: time must give {_SLOWEST_HZ:g} Hz or more, got steps of {step:g} s; "
+            f"from_columns: time must give {SLOWEST_HZ:g} Hz or more, got steps of {step:g} s; "
             "name another unit: time (ms), or leave a column of counts out"
         )
     return float(np.round(1 / step, 6))

@@ -132,7 +132,8 @@ class ClusterAudit:
         """All numbers, clusters by falling use.
 
         Args:
-            targets: Task -> its label names and ``[R, C]`` 0 or 1, for the records in the order they were added.
+            targets: Task -> its label names and ``[R, C]`` 0 or 1, for the records in the order they were added; NaN
+                in a record of which the task is not known.
             seed: Seed of the permutations that say what chance would tell.
 
         Raises:
@@ -311,7 +312,8 @@ def _of_labels(
     per_record: scipy.sparse.csr_matrix, names: Sequence[str], targets: np.ndarray, random: np.random.Generator
 ) -> dict[str, Any]:
     """What the cluster of one token tells of each label of its record; by chance: with labels of other records."""
-    targets = targets.astype(np.float64)
+    stated = np.isfinite(targets).all(1)
+    per_record, targets = per_record[stated], targets[stated].astype(np.float64)
     positives = targets.sum(0).astype(np.int64)
     known = np.flatnonzero((positives >= _FEW_RECORDS) & (len(targets) - positives >= _FEW_RECORDS))
     total = np.asarray(per_record.sum(0), np.float64).ravel()

@@ -8,6 +8,7 @@ from hubert_ecg.train.iterations import pretrain
 from hubert_ecg.train.label import write_labels
 from hubert_ecg.train.machine import device
 from hubert_ecg.train.predict import predict
+from hubert_ecg.train.prepare import prepare
 
 __all__ = [
     "audit",
@@ -17,6 +18,7 @@ __all__ = [
     "extract_features",
     "finetune",
     "predict",
+    "prepare",
     "pretrain",
     "write_labels",
 ]

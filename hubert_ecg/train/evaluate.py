@@ -70,12 +70,14 @@ def _write(config: EvaluateConfig, found: Assessment) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{config.dataset} {config.task}: {config.test_split}"
     unlabelled = {"keep": "kept as negatives", "drop": "left out"}[config.unlabelled]
+    names, counts = np.unique(found.store.datasets[found.records], return_counts=True)
+    sources = [f"{count} of {name}" for name, count in zip(names, counts, strict=True)]
     page: dict[str, Any] = {
         "title": title,
         "evaluation": found.result,
         "facts": {
             "Data": {
-                "source": found.store.dataset,
+                "source": found.store.dataset if len(sources) == 1 else ", ".join(sources),
                 "records": len(found.records),
                 "records without a label of the task": unlabelled,
                 "splits": str(config.splits_from) if config.splits_from else found.store.splits,
@@ -168,9 +170,9 @@ def labelled_records(
     targets = np.zeros((len(store), len(names)), dtype=np.float32)
     targets[:, [names.index(name) for name in common]] = all_targets[:, [known.index(name) for name in common]]
     records = store.split(config.test_split)
-    if model.config.problem == "regression":
-        records = records[np.isfinite(targets[records]).all(1)]
-    elif model.config.problem == "multiclass":
+    # A data set without the task says nothing of its records.
+    records = records[np.isfinite(all_targets[records]).all(1)]
+    if model.config.problem == "multiclass":
         records = records[targets[records].sum(1) == 1]
     elif config.unlabelled == "drop":
         records = records[all_targets[records].sum(1) > 0]

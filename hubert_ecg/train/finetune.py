@@ -178,14 +178,28 @@ class TaskRecords:
 
     def _tell_unlabelled(self, config: FinetuneConfig) -> None:
         used = np.concatenate((self.store.split("train"), self.store.split("validation")))
+        if count := int(np.isnan(self.targets[used]).any(1).sum()):
+            self.news.append(f"{count} records of which {config.task} is not known are left out")
+        self._tell_unknown_labels(self.store.datasets[used], self.targets[used] == 1)
         if self.problem == "multilabel" and (count := int((self.targets[used].sum(1) == 0).sum())):
             what = "kept as negatives" if config.unlabelled == "keep" else "left out"
             self.news.append(f"{count} records without a label of the task are {what} (--unlabelled)")
 
+    def _tell_unknown_labels(self, datasets: np.ndarray, positive: np.ndarray) -> None:
+        """Data sets name findings differently: what one never states may be there all the same."""
+        has = {name: positive[datasets == name].any(0) for name in np.unique(datasets)}
+        for name, found in has.items():
+            if found.any() and not found.all() and len(has) > 1:
+                self.news.append(
+                    f"{name} has no record with {len(found) - found.sum()} of the labels: all are negatives"
+                )
+
     def _usable(self, records: np.ndarray, config: FinetuneConfig) -> np.ndarray:
+        """Those whose target is known: a data set without the task says nothing of its records."""
+        records = records[np.isfinite(self.targets[records]).all(1)]
         targets = self.targets[records]
         if self.problem == "regression":
-            return records[np.isfinite(targets).all(1)]
+            return records
         num_labels = targets.sum(1)
         if self.problem == "multiclass":
             several = int((num_labels > 1).sum())

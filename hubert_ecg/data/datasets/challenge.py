@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import itertools
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, walk
+from hubert_ecg.data.dataset import Dataset, Entry, files_in, walk
 from hubert_ecg.data.wfdb_files import read_header
 
 # Headers that "auto" looks into before it decides.
@@ -60,11 +59,12 @@ class Challenge(Dataset):
     synonyms: ClassVar = {"CRBBB": "RBBB", "CLBBB": "LBBB", "SVPB": "PAC", "VPB": "PVC"}
     record_name: ClassVar[str] = r".+"
     records_are: ClassVar[str] = "WFDB headers with # Dx: codes"
+    spread = ".hea"
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        headers = itertools.islice(walk(folder, {".hea"}), _LOOK_AT)
-        return cls is Challenge and any("dx" in read_header(path).comments for path in headers)
+        headers = files_in(folder, ".hea", _LOOK_AT) if cls is Challenge else []
+        return any("dx" in read_header(path).comments for path in headers)
 
     @classmethod
     def takes(cls, record: str) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, read_table, walk
+from hubert_ecg.data.dataset import Dataset, Entry, files_in, locate, number, read_table, walk
 from hubert_ecg.data.readers import ReadError
 from hubert_ecg.data.record import Record
 from hubert_ecg.data.wfdb_files import Header, read_header
@@ -27,12 +26,13 @@ class Challenge2025(Dataset):
     """Records of any source of the Challenge 2025 in WFDB form: ``# Chagas label: True`` is the label of ``all``."""
 
     name = "challenge2025"
+    spread: ClassVar[str] = ".hea"
     tasks: tuple[str, ...] = ("all",)
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        headers = itertools.islice(walk(folder, {".hea"}), _LOOK_AT)
-        return cls is Challenge2025 and any("chagas label" in read_header(path).comments for path in headers)
+        headers = files_in(folder, ".hea", _LOOK_AT) if cls is Challenge2025 else []
+        return any("chagas label" in read_header(path).comments for path in headers)
 
     @classmethod
     def takes(cls, header: Header) -> bool:
@@ -138,8 +138,7 @@ class Code15(_Exams):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        table = locate(folder, _EXAMS)
-        return table is not None and any(table.parent.glob("exams_part*.hdf5"))
+        return (folder / _EXAMS).is_file() and any(folder.glob("exams_part*.hdf5"))
 
     @classmethod
     def takes(cls, header: Header) -> bool:
@@ -157,8 +156,7 @@ class SamiTrop(_Exams):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        table = locate(folder, _EXAMS)
-        return table is not None and (table.parent / "exams.hdf5").is_file()
+        return (folder / _EXAMS).is_file() and (folder / "exams.hdf5").is_file()
 
     @classmethod
     def takes(cls, header: Header) -> bool:

@@ -19,10 +19,11 @@ class Cpsc2018(Dataset):
 
     name = "cpsc2018"
     tasks = ("all",)
+    spread, gathers = ".mat", True
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return locate(folder, _TABLE) is not None
+        return (folder / _TABLE).is_file()
 
     def entries(self) -> list[Entry]:
         table = locate(self.data_path, _TABLE)

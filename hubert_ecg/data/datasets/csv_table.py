@@ -62,7 +62,7 @@ class CsvTable(Dataset):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return locate(folder, _TABLE) is not None
+        return (folder / _TABLE).is_file()
 
     @property
     def _table(self) -> Path:

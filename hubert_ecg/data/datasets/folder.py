@@ -21,7 +21,7 @@ class Folder(Dataset):
     name = "folder"
 
     def entries(self) -> list[Entry]:
-        paths = [path for path in walk(self.data_path, READERS.keys()) if _is_recording(path)]
+        paths = [path for path in walk(self.data_path, READERS.keys()) if is_recording(path)]
         segments = {segment for path in paths if path.suffix.lower() == ".hea" for segment in segments_of(path)}
         paths = [path for path in paths if path not in segments]
         if not paths:
@@ -36,7 +36,7 @@ class Folder(Dataset):
         ]
 
 
-def _is_recording(path: Path) -> bool:
+def is_recording(path: Path) -> bool:
     if path.suffix.lower() in (".txt", ".csv"):
         try:
             return bool(text.header(path))

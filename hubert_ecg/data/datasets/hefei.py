@@ -27,10 +27,11 @@ class Hefei(Dataset):
 
     name = "hefei"
     tasks = ("all",)
+    spread, gathers = ".txt", True
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return any(folder.glob("hf_round*_label.txt")) or any(folder.glob("*/hf_round*_label.txt"))
+        return any(folder.glob("hf_round*_label.txt"))
 
     def entries(self) -> list[Entry]:
         texts = list(walk(self.data_path, {".txt"}))

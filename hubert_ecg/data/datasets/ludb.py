@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, walk
+from hubert_ecg.data.dataset import Dataset, Entry, files_in, walk
 from hubert_ecg.data.wfdb_files import read_header
 
 _MARK = "<diagnoses>:"
@@ -20,11 +20,11 @@ class Ludb(Dataset):
 
     name = "ludb"
     tasks = ("all", "rhythm")
+    spread = ".hea"
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        first = next(walk(folder, {".hea"}), None)
-        return first is not None and any(_MARK in line for line in _lines(first))
+        return any(_MARK in line for path in files_in(folder, ".hea", 1) for line in _lines(path))
 
     def entries(self) -> list[Entry]:
         entries = []

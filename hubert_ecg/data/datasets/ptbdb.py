@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, walk
+from hubert_ecg.data.dataset import Dataset, Entry, files_in, walk
 from hubert_ecg.data.record import sex_of
 from hubert_ecg.data.wfdb_files import read_header
 
@@ -19,11 +19,11 @@ class PtbDiagnostic(Dataset):
 
     name = "ptbdb"
     tasks = ("all",)
+    spread = ".hea"
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        first = next(walk(folder, {".hea"}), None)
-        return first is not None and _REASON in read_header(first).comments
+        return any(_REASON in read_header(path).comments for path in files_in(folder, ".hea", 1))
 
     def entries(self) -> list[Entry]:
         entries = []

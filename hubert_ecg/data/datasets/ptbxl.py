@@ -45,7 +45,7 @@ class PtbXl(Dataset):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return any(locate(folder, name) for name in (_DATABASE, _TABLE))
+        return any((folder / name).is_file() for name in (_DATABASE, _TABLE))
 
     def entries(self) -> list[Entry]:
         import pandas as pd

@@ -46,10 +46,9 @@ class Sph(Dataset):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        table = locate(folder, _TABLE)
-        if table is None:
+        if not (folder / _TABLE).is_file():
             return False
-        with open(table, encoding="utf-8", errors="replace") as file:
+        with open(folder / _TABLE, encoding="utf-8", errors="replace") as file:
             return "AHA_Code" in file.readline(1000)
 
     def entries(self) -> list[Entry]:

@@ -109,8 +109,9 @@ class Cohort(Dataset):
 
     def read(self, entry: Entry) -> Record:
         """Generates the recording of an entry."""
-        index, findings = int(entry.record_id), Findings.of(entry.labels["all"])
-        patient = draw_patient(self._rng("patient", int(str(entry.patient_id))), findings.conduction)
+        index = int(entry.record_id)
+        findings = self._findings(index)
+        patient = draw_patient(self._rng("patient", self._patient(index)), findings.conduction)
         plan = draw_plan(self._rng("plan", index), patient, findings, _DURATION_S)
         signal = render(plan, self._rng("render", index), _SAMPLING_RATE_HZ)
         return Record(signal, _SAMPLING_RATE_HZ, LEADS, record_id=entry.record_id, source=entry.source)
