@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -401,6 +402,29 @@ def test_length_is_counted_at_500_hz_and_the_rest_is_zero(compat, factor):
     lengths = prepare_ecg_for_inference(record[None], 360, 5000, factor, compat=compat, return_length=True)[1]
     assert isinstance(lengths, np.ndarray)
     assert lengths.tolist() == [1000 // factor]
+
+
+@pytest.mark.parametrize("compat", ["corrected", "published"])
+def test_a_batch_is_the_same_on_any_number_of_threads(compat):
+    batch = torch.from_numpy(np.stack([random_record(5000, seed) for seed in range(7)]))
+    batch[1, 3, 100:200] = torch.nan
+    batch[2, 4, 500:600] += 50
+    own, later = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        expected = prepare_ecg_for_inference(batch, compat=compat)
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            torch.testing.assert_close(prepare_ecg_for_inference(batch, compat=compat), expected, rtol=0, atol=0)
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *later] == [3, 3]
+        with pytest.raises(ValueError, match="must be longer than 453 samples"):
+            prepare_ecg_for_inference(batch[..., :200], compat="published")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)
 
 
 @pytest.mark.parametrize("compat", ["corrected", "published"])
