@@ -1,7 +1,8 @@
 """From a raw recording to what the model reads: gaps, base line, band, sampling rate, scale, length.
 
 Two behaviours, chosen by ``compat``. Both compute in float64, because the phases of long records and the offsets of
-integer recordings need it, give float32, and run on the device that holds the recording.
+integer recordings need it, give float32, and run on the device that holds the recording: a batch at once on a GPU,
+a record to each of torch's threads on a CPU, where it gives the same bits in any batch and on any number of threads.
 
 **corrected**, the default. Per lead, over the whole record:
 
@@ -477,7 +478,9 @@ def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Te
     mirror = np.arange(pad) % (2 * width)
     mirror = np.minimum(mirror, 2 * width - 1 - mirror)
     fade = _rise(pad - 0.5 - torch.arange(pad, dtype=torch.float64), 0, pad / 2)
-    return torch.from_numpy(fit.copy()), torch.from_numpy(beyond - inside[:, mirror]), torch.from_numpy(mirror), fade
+    # Few columns: a product reads them one after the other.
+    fit = np.asfortranarray(fit)
+    return torch.from_numpy(fit), torch.from_numpy(beyond - inside[:, mirror]), torch.from_numpy(mirror), fade
 
 
 # Published
