@@ -157,11 +157,13 @@ def _each(work: Callable[[int], torch.Tensor], items: Sequence[int], num_threads
         yield from map(work, items)
         return
     own = torch.get_num_threads()
+    # Here too: threads that wait for a share of what is done with the results would spin.
+    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(work, items)
     finally:
-        # It holds for the thread that calls it, but also for those that begin later.
+        # What is set holds for the thread that sets it, and for all that begin later.
         torch.set_num_threads(own)
 
 
