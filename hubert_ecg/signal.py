@@ -138,7 +138,7 @@ def prepare_ecg_for_inference(
             done = _corrected(part, rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize)[..., :num_out]
         else:
             done = _published(part, rate_hz, num_native, target // factor * factor, factor, normalize)
-        return done.to(torch.float32)
+        return done
 
     firsts = range(0, records.shape[0], step)
     for first, done in zip(firsts, _each(prepare, firsts, torch.get_num_threads() if on_cpu else 1), strict=True):
@@ -516,7 +516,9 @@ def _published(
     if seen is not None:
         others = torch.where(seen, x, 0.0).mean(-1).sum(-1) / seen.sum((1, 2)).clamp(min=1)
         x = torch.where(seen, x, others[:, None, None])
-    return _decimate_flattened(torch.nn.functional.pad(x, (0, target - x.shape[-1])), factor)
+    if x.shape[-1] < target:
+        x = torch.nn.functional.pad(x, (0, target - x.shape[-1]))
+    return _decimate_flattened(x, factor)
 
 
 @functools.lru_cache(maxsize=16)
@@ -574,6 +576,8 @@ def _resample(x: torch.Tensor, num: int) -> torch.Tensor:
 
 
 def _decimate_flattened(x: torch.Tensor, factor: int) -> torch.Tensor:
+    if factor == 1:
+        return x
     num = x.shape[-1] // factor
     return _decimate(x[..., : num * factor].flatten(-2), factor).unflatten(-1, (len(LEADS), num))
 
