@@ -47,7 +47,10 @@ TABLE = {
         "random crops of 5 s, 8,192 packed records",
         "DataLoader, a record at a time, 2 processes",
     ),
-    "test_preprocess": ("preparing 64 records, published form", "the published chain in SciPy"),
+    **{
+        f"test_prepare[{compat}-500-1000]": (f"preparing 1,000 records, {compat} form", "the published chain in SciPy")
+        for compat in ("published", "corrected")
+    },
     **{
         f"test_pretrain_step[K{clusters}]": (
             f"a step of pretraining, base model, 16 records, {clusters:,} clusters",

@@ -1,7 +1,8 @@
 """From a raw recording to what the model reads: gaps, base line, band, sampling rate, scale, length.
 
 Two behaviours, chosen by ``compat``. Both compute in float64, because the phases of long records and the offsets of
-integer recordings need it, give float32, and run on the device that holds the recording.
+integer recordings need it, give float32, and run on the device that holds the recording: a batch at once on a GPU,
+a record to each of torch's threads on a CPU, where it gives the same bits in any batch and on any number of threads.
 
 **corrected**, the default. Per lead, over the whole record:
 
@@ -38,6 +39,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -126,13 +129,19 @@ def prepare_ecg_for_inference(
     records = raw.detach().reshape(-1, len(LEADS), raw.shape[-1])
     out = torch.zeros(records.shape[0], len(LEADS), num_out, dtype=torch.float32, device=raw.device)
     # One record at a time on a CPU: it stays in cache, and batched transforms may round otherwise than single ones.
-    step = 1 if raw.device.type == "cpu" else max(1, 2**22 // records[:1].numel())
-    for first in range(0, records.shape[0], step):
+    on_cpu = raw.device.type == "cpu"
+    step = 1 if on_cpu else max(1, 2**22 // records[:1].numel())
+
+    def prepare(first: int) -> torch.Tensor:
         part = records[first : first + step].to(torch.float64)
         if compat == "corrected":
             done = _corrected(part, rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize)[..., :num_out]
         else:
             done = _published(part, rate_hz, num_native, target // factor * factor, factor, normalize)
+        return done
+
+    firsts = range(0, records.shape[0], step)
+    for first, done in zip(firsts, _each(prepare, firsts, torch.get_num_threads() if on_cpu else 1), strict=True):
         out[first : first + step, :, : done.shape[-1]] = done
     out = out.reshape(*raw.shape[:-1], num_out)
     if not return_length:
@@ -140,6 +149,22 @@ def prepare_ecg_for_inference(
     if raw.ndim == 2:
         return out, num_valid
     return out, torch.full((raw.shape[0],), num_valid, dtype=torch.int64, device=raw.device)
+
+
+def _each(work: Callable[[int], torch.Tensor], items: Sequence[int], num_threads: int) -> Iterator[torch.Tensor]:
+    """``map(work, items)`` in threads that share the items, and not the work of one, which is too short for that."""
+    if min(num_threads, len(items)) <= 1:
+        yield from map(work, items)
+        return
+    own = torch.get_num_threads()
+    # Here too: threads that wait for a share of what is done with the results would spin.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(work, items)
+    finally:
+        # What is set holds for the thread that sets it, and for all that begin later.
+        torch.set_num_threads(own)
 
 
 @takes_arrays("ecg")
@@ -238,20 +263,27 @@ def _corrected(x: torch.Tensor, rate_hz: float, out_rate_hz: float, num_out: int
             f"prepare_ecg_for_inference: sampling_rate and 500 / downsampling_factor must leave a band above "
             f"{_HIGH_PASS_HZ[1]} Hz, got {rate_hz:g} Hz and {out_rate_hz:g} Hz; is sampling_rate in Hz?"
         )
-    seen = torch.isfinite(x)
-    whole = bool(seen.all())
-    if not whole:
+    seen = _seen(x)
+    if seen is not None:
         x = _bridge(x, seen)
     largest = x.abs().amax(-1, keepdim=True)
-    y = _band_pass(x, None if whole else seen, rate_hz, out_rate_hz, num_out, low_pass_hz)
+    y = _band_pass(x, seen, rate_hz, out_rate_hz, num_out, low_pass_hz)
     if not normalize:
         return y
     weigh = y.abs()
-    if not whole:
+    if seen is not None:
         at = torch.arange(num_out, device=x.device, dtype=torch.float64) * (rate_hz / out_rate_hz)
         weigh = weigh * seen[..., at.round().long().clamp(max=x.shape[-1] - 1)]
     scale = _typical_peak(weigh, out_rate_hz, _SILENCE * largest) / _TYPICAL_PEAK
     return torch.where(scale > 0, y / scale.clamp(min=torch.finfo(y.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+def _seen(x: torch.Tensor) -> torch.Tensor | None:
+    """Which samples are finite; None where all are."""
+    # One pass over the samples in the usual case: a sum is finite only of finite samples.
+    if bool(torch.isfinite(x.sum())):
+        return None
+    return torch.isfinite(x)
 
 
 def _bridge(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -267,10 +299,10 @@ def _bridge(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return torch.lerp(known.gather(-1, left), known.gather(-1, right), weight)
 
 
-def _window_max(x: torch.Tensor, rate_hz: float, window_s: float) -> torch.Tensor:
-    """Largest value in windows, hop 0.25 s: ``[B, 12, n] -> [B, 12, W]``; a shorter record is one window."""
+def _windows(x: torch.Tensor, rate_hz: float, window_s: float) -> torch.Tensor:
+    """Windows, hop 0.25 s: ``[B, 12, n] -> [B, 12, W, window]``; a shorter record is one window."""
     size = min(x.shape[-1], max(1, round(window_s * rate_hz)))
-    return torch.nn.functional.max_pool1d(x, size, max(1, round(rate_hz / 4)))
+    return x.unfold(-1, size, max(1, round(rate_hz / 4)))
 
 
 def _beat_window_s(num_samples: int, rate_hz: float) -> float:
@@ -286,9 +318,9 @@ def _quantile(values: torch.Tensor, wanted: torch.Tensor, q: float) -> torch.Ten
 
 def _typical_peak(magnitude: torch.Tensor, rate_hz: float, floor: torch.Tensor) -> torch.Tensor:
     """The median peak of the seconds that are neither silent nor an artefact: ``[B, 12, n] -> [B, 12, 1]``."""
-    beats = _window_max(magnitude, rate_hz, _beat_window_s(magnitude.shape[-1], rate_hz))
+    beats = _windows(magnitude, rate_hz, _beat_window_s(magnitude.shape[-1], rate_hz)).amax(-1)
     limit = _ARTEFACT_PEAKS * _quantile(beats, beats > floor, 0.25)
-    peaks = _window_max(magnitude, rate_hz, 1.0)
+    peaks = _windows(magnitude, rate_hz, 1.0).amax(-1)
     return _quantile(peaks, (peaks > floor) & (peaks <= limit), 0.5)
 
 
@@ -298,21 +330,23 @@ def _band_pass(
     """The zero-phase band-pass of ``x`` at the times ``m / out_rate_hz``, m < ``num_out``."""
     n, pad = x.shape[-1], math.ceil(_PAD_S * rate_hz)
     size = scipy.fft.next_fast_len(n + 2 * pad, real=True)
-    device = x.device
-    f_hz = torch.arange(math.ceil(low_pass_hz * size / rate_hz), device=device, dtype=torch.float64) * (rate_hz / size)
-    low_pass = 1 - _rise(f_hz, _LOW_PASS_FULL * low_pass_hz, low_pass_hz)
+    high_pass, low_pass = (gain.to(x.device) for gain in _gains(size, rate_hz, low_pass_hz))
     calm = _calm_range(x, seen, rate_hz)
     x = _less_steps(x, _STEP_RANGES * calm, rate_hz)
     spikes = _spikes(x, _SPIKE_RANGES * calm, rate_hz)
     if spikes is not None:
         x = x - spikes
-    spectrum = torch.fft.rfft(_continued(x, rate_hz, pad, size))[..., : len(f_hz)] * _rise(f_hz, *_HIGH_PASS_HZ)
+    spectrum = torch.fft.rfft(_continued(x, rate_hz, pad, size), norm="forward")[..., : len(high_pass)] * high_pass
     if spikes is not None:
-        padded = torch.nn.functional.pad(spikes, (pad, size - n - pad))
-        spectrum += torch.fft.rfft(padded)[..., : len(f_hz)]
-    spectrum = spectrum * low_pass * torch.polar(torch.ones_like(f_hz), 2 * math.pi * f_hz * (pad / rate_hz))
-    spectrum[..., 1:] *= 2
-    return _evaluate(spectrum / size, rate_hz / (size * out_rate_hz), num_out)
+        spectrum += torch.fft.rfft(spikes, size, norm="forward")[..., : len(high_pass)]
+    return _evaluate(spectrum * low_pass, rate_hz / (size * out_rate_hz), num_out)
+
+
+@functools.lru_cache(maxsize=16)
+def _gains(size: int, rate_hz: float, low_pass_hz: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The high-pass and the low-pass at the frequencies below ``low_pass_hz`` of a ring of ``size`` samples."""
+    f_hz = torch.arange(math.ceil(low_pass_hz * size / rate_hz), dtype=torch.float64) * (rate_hz / size)
+    return _rise(f_hz, *_HIGH_PASS_HZ), 1 - _rise(f_hz, _LOW_PASS_FULL * low_pass_hz, low_pass_hz)
 
 
 def _rise(x: torch.Tensor, start: float, stop: float) -> torch.Tensor:
@@ -321,32 +355,53 @@ def _rise(x: torch.Tensor, start: float, stop: float) -> torch.Tensor:
 
 
 def _evaluate(spectrum: torch.Tensor, step: float, num_out: int) -> torch.Tensor:
-    """``y[m] = Re sum_k spectrum[k] exp(2 pi i k m step)``, m < ``num_out``, for any ``step`` (Bluestein's chirp-z)."""
+    """``y[m] = Re(s[0] + 2 sum_k s[k] exp(2 pi i k m step))``, k > 0, m < ``num_out``, for any ``step``.
+
+    An inverse FFT where the steps divide the ring, else Bluestein's chirp-z.
+    """
+    ring = round(1 / step)
+    if abs(ring * step - 1) < 1e-15 and spectrum.shape[-1] <= ring // 2 + 1:
+        return torch.fft.irfft(spectrum, ring, norm="forward")[..., :num_out]
     num = spectrum.shape[-1]
+    before, kernel, after = (part.to(spectrum.device) for part in _chirps(num, step, num_out))
+    product = torch.fft.fft(spectrum * before, kernel.shape[-1]) * kernel
+    return (torch.fft.ifft(product)[..., :num_out] * after).real
+
+
+@functools.lru_cache(maxsize=16)
+def _chirps(num: int, step: float, num_out: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What Bluestein's transform multiplies by: before, ``[num]``; between its FFTs; and after, ``[num_out]``."""
     size = scipy.fft.next_fast_len(num + num_out - 1)
-    at = torch.arange(max(num, num_out), device=spectrum.device, dtype=torch.float64)
+    at = torch.arange(max(num, num_out), dtype=torch.float64)
     chirp = torch.polar(torch.ones_like(at), math.pi * torch.remainder(at * at * step, 2.0))
-    kernel = spectrum.new_zeros(size)
+    kernel = chirp.new_zeros(size)
     kernel[:num_out] = chirp[:num_out].conj()
     kernel[size - num + 1 :] = chirp[1:num].conj().flip(-1)
-    product = torch.fft.fft(spectrum * chirp[:num], size) * torch.fft.fft(kernel)
-    return (torch.fft.ifft(product)[..., :num_out] * chirp[:num_out]).real
+    before = 2 * chirp[:num]
+    before[0] = 1
+    return before, torch.fft.fft(kernel), chirp[:num_out]
 
 
 def _calm_range(x: torch.Tensor, seen: torch.Tensor | None, rate_hz: float) -> torch.Tensor:
     """From the lowest to the highest sample of a calm beat: ``[B, 12, n] -> [B, 12, 1]``, 0 where none is known."""
     window_s = _beat_window_s(x.shape[-1], rate_hz)
-    ranges = _window_max(x, rate_hz, window_s) + _window_max(-x, rate_hz, window_s)
+    windows = _windows(x, rate_hz, window_s)
+    ranges = windows.amax(-1) - windows.amin(-1)
     known = ranges > _SILENCE * x.abs().amax(-1, keepdim=True)
     if seen is not None:
-        known &= _window_max((~seen).to(x.dtype), rate_hz, window_s) == 0
+        known &= _windows(seen, rate_hz, window_s).all(-1)
     return _quantile(ranges, known, 0.25)
+
+
+def _wide(x: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Leads with samples further apart than ``limit``, ``[B, 12] bool``; the others need no closer look."""
+    return ((x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True) > limit) & (limit > 0)).squeeze(-1)
 
 
 def _less_steps(x: torch.Tensor, limit: torch.Tensor, rate_hz: float) -> torch.Tensor:
     """``x`` without jumps between levels further apart than ``limit``, and without the ways back from there."""
     rise, near = max(1, round(_EDGE_S * rate_hz)), max(1, round(_STEP_LEVEL_S * rate_hz))
-    if x.shape[-1] <= rise:
+    if x.shape[-1] <= rise or not bool(_wide(x, limit).any()):
         return x
     edges = (x[..., rise:] - x[..., :-rise]).abs()
     hit = ((edges.amax(-1, keepdim=True) > limit) & (limit > 0)).squeeze(-1)
@@ -372,40 +427,49 @@ def _less_steps(x: torch.Tensor, limit: torch.Tensor, rate_hz: float) -> torch.T
 
 def _spikes(x: torch.Tensor, limit: torch.Tensor, rate_hz: float) -> torch.Tensor | None:
     """What stands out of a lead by more than ``limit``, as its height above the local median."""
+    hit = _wide(x, limit)
+    if not bool(hit.any()):
+        return None
     # About 100 Hz is enough to know the level of seconds.
     stride = max(1, int(rate_hz / 100))
-    coarse, coarse_hz = x[..., ::stride], rate_hz / stride
+    leads, coarse_hz = x[hit], rate_hz / stride
+    coarse = leads[:, ::stride]
     width = max(1, min(coarse.shape[-1] // 2, round(_LEVEL_S * coarse_hz)))
     hop = max(1, round(coarse_hz / 2))
     medians = coarse.unfold(-1, width, hop).median(-1).values
     nearest = (torch.arange(x.shape[-1], device=x.device) / stride - width / 2) / hop
-    above = x - medians[..., nearest.round().long().clamp(0, medians.shape[-1] - 1)]
-    out = (above.abs() > limit) & (limit > 0)
-    return torch.where(out, above, 0.0) if bool(out.any()) else None
+    above = leads - medians[..., nearest.round().long().clamp(0, medians.shape[-1] - 1)]
+    out = above.abs() > limit[hit]
+    if not bool(out.any()):
+        return None
+    spikes = torch.zeros_like(x)
+    spikes[hit] = torch.where(out, above, 0.0)
+    return spikes
 
 
 def _continued(x: torch.Tensor, rate_hz: float, pad: int, size: int) -> torch.Tensor:
-    """``x`` less a straight line, continued over ``pad`` samples on either side, where it fades: ``[..., size]``."""
+    """``x`` less a straight line on a ring of ``size`` samples: what follows fades over ``pad`` samples, and so does,
+    at the ring's end, what comes before."""
     n = x.shape[-1]
     at = torch.arange(n, device=x.device, dtype=x.dtype) - (n - 1) / 2
     x = x - x.mean(-1, keepdim=True)
-    x = x - at * ((x * at).sum(-1, keepdim=True) / (at * at).sum().clamp(min=1))
+    x -= at * ((x @ at) / (at @ at).clamp(min=1))[..., None]
     width = min(n, math.ceil(_TREND_S * rate_hz))
-    fit, beyond, mirror = (part.to(x.device) for part in _trend(width, rate_hz, pad))
-    fade = _rise(pad - 0.5 - torch.arange(pad, device=x.device, dtype=x.dtype), 0, pad / 2)
+    fit, beyond, mirror, fade = (part.to(x.device) for part in _trend(width, rate_hz, pad))
     head, tail = (
-        (end @ fit @ beyond + end[..., mirror]) * fade for end in (x[..., :width], x[..., n - width :].flip(-1))
+        (end @ fit @ beyond + (end[..., :pad] if pad <= width else end[..., mirror])) * fade
+        for end in (x[..., :width], x[..., n - width :].flip(-1))
     )
-    return torch.nn.functional.pad(torch.cat([head.flip(-1), x, tail], -1), (0, size - n - 2 * pad))
+    return torch.cat([x, tail, x.new_zeros(*x.shape[:-1], size - n - 2 * pad), head.flip(-1)], -1)
 
 
 @functools.lru_cache(maxsize=16)
-def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The ridge fit of a line and slow waves to ``width`` samples, read from the end inwards.
 
     Returns:
         ``[width, K]`` from samples to coefficients; ``[K, pad]`` from coefficients to the slow part beyond the end,
-        less what the mirrored samples hold of it; ``[pad]`` the places of the mirrored samples.
+        less what the mirrored samples hold of it; ``[pad]`` the places of the mirrored samples; ``[pad]`` the fade.
     """
     t = (np.arange(-pad, width) - (width - 1) / 2) / rate_hz
     waves = 2 * math.pi * np.asarray(_TREND_HZ)[:, None] * t
@@ -415,7 +479,10 @@ def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Te
     fit = np.linalg.pinv(np.concatenate([inside.T, ridge]))[:, :width].T
     mirror = np.arange(pad) % (2 * width)
     mirror = np.minimum(mirror, 2 * width - 1 - mirror)
-    return torch.from_numpy(fit.copy()), torch.from_numpy(beyond - inside[:, mirror]), torch.from_numpy(mirror)
+    fade = _rise(pad - 0.5 - torch.arange(pad, dtype=torch.float64), 0, pad / 2)
+    # Few columns: a product reads them one after the other.
+    fit = np.asfortranarray(fit)
+    return torch.from_numpy(fit), torch.from_numpy(beyond - inside[:, mirror]), torch.from_numpy(mirror), fade
 
 
 # Published
@@ -430,29 +497,54 @@ def _published(
             f"prepare_ecg_for_inference: sampling_rate must be above {2 * _PUBLISHED_BAND_HZ[1]:g} Hz with "
             f"compat='published', got {rate_hz:g}; use compat='corrected'"
         )
-    taps = _published_band_pass(rate_hz)
+    taps = _published_taps(rate_hz)
     if x.shape[-1] <= 3 * len(taps):
         raise ValueError(
             f"prepare_ecg_for_inference: raw must be longer than {3 * len(taps)} samples at {rate_hz:g} Hz with "
             f"compat='published', got {x.shape[-1]}; use compat='corrected', or pad the record"
         )
-    seen = torch.isfinite(x).all(-1, keepdim=True)
-    x = _resample(_forward_backward(torch.where(seen, x, 0.0), taps, 3 * len(taps)), num_native)
-    if normalize:
-        low, high = x.aminmax(dim=-1, keepdim=True)
-        x = 2 * (x - low) / (high - low + 1e-8) - 1
-    x = x[..., :target]
     # A missing sample spoils its whole lead in an FFT; what is left of the record gives the mean that replaces it.
-    others = torch.where(seen, x, 0.0).mean(-1).sum(-1) / seen.sum((1, 2)).clamp(min=1)
-    x = torch.where(seen, x, others[:, None, None])
-    x = torch.nn.functional.pad(x, (0, target - x.shape[-1]))
+    seen = _seen(x)
+    if seen is not None:
+        seen = seen.all(-1, keepdim=True)
+        x = torch.where(seen, x, 0.0)
+    x = _resample(_published_filter(x, rate_hz), num_native)
+    if normalize:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        x = x.sub_(low).mul_(2 / (high - low + 1e-8)).sub_(1)
+    x = x[..., :target]
+    if seen is not None:
+        others = torch.where(seen, x, 0.0).mean(-1).sum(-1) / seen.sum((1, 2)).clamp(min=1)
+        x = torch.where(seen, x, others[:, None, None])
+    if x.shape[-1] < target:
+        x = torch.nn.functional.pad(x, (0, target - x.shape[-1]))
     return _decimate_flattened(x, factor)
 
 
 @functools.lru_cache(maxsize=16)
-def _published_band_pass(rate_hz: float) -> torch.Tensor:
-    num_taps = int(0.3 * rate_hz) | 1
-    return torch.from_numpy(scipy.signal.firwin(num_taps, _PUBLISHED_BAND_HZ, pass_zero=False, fs=rate_hz))
+def _published_taps(rate_hz: float) -> np.ndarray:
+    return scipy.signal.firwin(int(0.3 * rate_hz) | 1, _PUBLISHED_BAND_HZ, pass_zero=False, fs=rate_hz)
+
+
+@functools.lru_cache(maxsize=16)
+def _published_gain(rate_hz: float, size: int) -> torch.Tensor:
+    """``|H|^2`` of the taps on a ring of ``size`` samples."""
+    return torch.from_numpy(np.abs(scipy.fft.rfft(_published_taps(rate_hz), size)) ** 2)
+
+
+def _published_filter(x: torch.Tensor, rate_hz: float) -> torch.Tensor:
+    """``scipy.signal.filtfilt(taps, 1, x)`` in one pass.
+
+    Its odd padding is longer than both passes remember, so no sample of the record knows how they start, and together
+    they are a product with ``|H|^2`` on a ring: the record, what follows it, and at the end what comes before it.
+    """
+    n, memory = x.shape[-1], len(_published_taps(rate_hz)) - 1
+    head = 2 * x[..., :1] - x[..., 1 : memory + 1].flip(-1)
+    tail = 2 * x[..., -1:] - x[..., n - memory - 1 : n - 1].flip(-1)
+    size = scipy.fft.next_fast_len(n + 2 * memory, real=True)
+    ring = torch.cat([x, tail, x.new_zeros(*x.shape[:-1], size - n - 2 * memory), head], -1)
+    spectrum = torch.fft.rfft(ring) * _published_gain(rate_hz, size).to(x.device)
+    return torch.fft.irfft(spectrum, size)[..., :n]
 
 
 def _forward_backward(x: torch.Tensor, response: torch.Tensor, pad: int) -> torch.Tensor:
@@ -476,14 +568,16 @@ def _resample(x: torch.Tensor, num: int) -> torch.Tensor:
     if num == n:
         return x
     shared = min(num, n)
-    spectrum = torch.fft.rfft(x)[..., : shared // 2 + 1]
+    spectrum = torch.fft.rfft(x, norm="forward")[..., : shared // 2 + 1]
     if shared % 2 == 0:
         # The bin at the lower Nyquist frequency stands for two bins on one side of the change, for one on the other.
         spectrum[..., -1] *= 2 if num < n else 0.5
-    return torch.fft.irfft(spectrum, num) * (num / n)
+    return torch.fft.irfft(spectrum, num, norm="forward")
 
 
 def _decimate_flattened(x: torch.Tensor, factor: int) -> torch.Tensor:
+    if factor == 1:
+        return x
     num = x.shape[-1] // factor
     return _decimate(x[..., : num * factor].flatten(-2), factor).unflatten(-1, (len(LEADS), num))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,25 @@ def test_published_equals_the_published_chain_on_real_records(shared_data):
         raw = raw[:, : 10 * rate_hz] / 1000
         ours = prepare_ecg_for_inference(raw, rate_hz, 2500, compat="published")
         np.testing.assert_allclose(ours, published(raw, rate_hz, 2500), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate_hz", [250, 257, 360, 400, 499.97, 500, 1000])
+def test_published_filter_is_filtfilt_up_to_the_ends(rate_hz):
+    """The shortest records too, and odd and even lengths."""
+    taps = signal._published_taps(rate_hz)
+    shortest = 3 * len(taps) + 1
+    for num_samples in (shortest, shortest + 1, int(4.37 * rate_hz), int(10 * rate_hz) + 1):
+        record = random_record(num_samples)
+        ours = signal._published_filter(torch.from_numpy(record), rate_hz)
+        np.testing.assert_allclose(ours, scipy.signal.filtfilt(taps, 1, record), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num", [999, 1000, 1250, 1251, 2500])
+@pytest.mark.parametrize("num_samples", [1000, 1001])
+def test_resampling_is_scipys(num_samples, num):
+    record = random_record(num_samples)
+    ours = signal._resample(torch.from_numpy(record), num)
+    np.testing.assert_allclose(ours, scipy.signal.resample(record, num, axis=1), rtol=0, atol=1e-12)
 
 
 def test_forward_backward_is_filtfilt_of_short_and_recursive_filters():
@@ -382,6 +402,29 @@ def test_length_is_counted_at_500_hz_and_the_rest_is_zero(compat, factor):
     lengths = prepare_ecg_for_inference(record[None], 360, 5000, factor, compat=compat, return_length=True)[1]
     assert isinstance(lengths, np.ndarray)
     assert lengths.tolist() == [1000 // factor]
+
+
+@pytest.mark.parametrize("compat", ["corrected", "published"])
+def test_a_batch_is_the_same_on_any_number_of_threads(compat):
+    batch = torch.from_numpy(np.stack([random_record(5000, seed) for seed in range(7)]))
+    batch[1, 3, 100:200] = torch.nan
+    batch[2, 4, 500:600] += 50
+    own, later = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        expected = prepare_ecg_for_inference(batch, compat=compat)
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            torch.testing.assert_close(prepare_ecg_for_inference(batch, compat=compat), expected, rtol=0, atol=0)
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *later] == [3, 3]
+        with pytest.raises(ValueError, match="must be longer than 453 samples"):
+            prepare_ecg_for_inference(batch[..., :200], compat="published")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)
 
 
 @pytest.mark.parametrize("compat", ["corrected", "published"])

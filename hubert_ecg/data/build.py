@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -201,11 +202,11 @@ def build(
         if ranks.first(lambda: _begun(folder, plan)):
             return _finished(folder, plan)
         _see_the_same(folder, ranks)
-        _pack(dataset, folder, settings, plan, num_workers, progress, splits_from, ranks)
+        read_share = _pack(dataset, folder, settings, plan, num_workers, progress, splits_from, ranks)
     _appears(folder / MANIFEST)
     store = Store(folder)
     if progress:
-        _tell(store)
+        _tell(store, read_share)
     return store
 
 
@@ -333,7 +334,8 @@ def _pack(
     progress: bool,
     splits_from: str | Path | None,
     ranks: Ranks,
-) -> None:
+) -> float:
+    """Packs what is not packed yet. Returns which share of this rank's work was reading files, NaN without any."""
     entries, split_facts = split_entries(dataset, plan.get("splits"), str(splits_from))
     if progress and splits_from is not None:
         folds, patients = [entry.fold or 0 for entry in entries], [entry.patient_id for entry in entries]
@@ -359,14 +361,18 @@ def _pack(
         contextlib.closing(packed_chunks(dataset, settings, chunks, processes)) as packed,
     ):
         results: list[Result] = []
+        read_s = prepare_s = 0.0
         for position, chunk in packed:
             results += chunk
+            read_s += sum(result.read_s for result in chunk)
+            prepare_s += sum(result.prepare_s for result in chunk)
             bar.advance(len(chunk))
             if len(results) == len(shards[position]):
                 write_shard(folder, position, results, dataset, schema, settings)
                 results = []
     ranks.gather(None)
     ranks.first(lambda: _finish(dataset, folder, settings, plan, len(shards), split_facts))
+    return read_s / (read_s + prepare_s) if read_s else math.nan
 
 
 def _finish(
@@ -386,7 +392,7 @@ def _finish(
     finish(dataset, folder, settings, plan, num_shards, split_facts)
 
 
-def _tell(store: Store) -> None:
+def _tell(store: Store, read_share: float) -> None:
     """Says what was packed, and names what was not."""
     say(f"{len(store)} records in {store.path}" + (f", {len(store.skipped)} skipped:" if store.skipped else ""))
     for source, reason in store.skipped[:_SKIPPED_SHOWN]:
@@ -398,3 +404,5 @@ def _tell(store: Store) -> None:
         say("of them " + ", ".join(f"{name} {facts['num_records']}" for name, facts in counts.items()))
     for task, labels in store.manifest["dropped_labels"].items():
         say(f"{task}: labels of one patient alone are left out: {', '.join(labels)}")
+    if not math.isnan(read_share):
+        say(f"{read_share:.0%} of the work was reading files, the rest preparing what they hold")

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal as os_signal
 import threading
+import time
 from collections.abc import Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,8 @@ from hubert_ecg.signal import prepare_ecg_for_inference
 
 BASE_RATE_HZ = 500.0
 _SHORTEST_S = 1.0
+# Samples of all leads that wait for records to be prepared together with: 64 MiB.
+_WAITING_SAMPLES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +58,16 @@ class Settings:
 class Packed:
     samples: np.ndarray
     row: dict[str, Any]
+    read_s: float = 0.0
+    prepare_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
     source: str
     reason: str
+    read_s: float = 0.0
+    prepare_s: float = 0.0
 
 
 Result = Packed | Skipped
@@ -126,10 +133,26 @@ def _work(chunk: list[Entry]) -> list[Result]:
     return _pack_chunk(*_worker, chunk)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    place: int
+    entry: Entry
+    record: Record
+    leads: np.ndarray
+    present: np.ndarray
+    read_s: float
+
+
 def _pack_chunk(dataset: Dataset, settings: Settings, entries: list[Entry]) -> list[Result]:
-    """Read and preprocess; what a reader or the preprocessing refuses is skipped with its reason."""
-    results: list[Result] = []
-    for entry in entries:
+    """Read and preprocess; what a reader or the preprocessing refuses is skipped with its reason.
+
+    Records of one rate and length are prepared together, as many as fit into memory.
+    """
+    results: dict[int, Result] = {}
+    waiting: dict[tuple[float, int], list[_Read]] = collections.defaultdict(list)
+    num_samples = 0
+    for place, entry in enumerate(entries):
+        start = time.perf_counter()
         try:
             record = describe(dataset.read(entry), entry)
             leads, present = record.standard_leads()
@@ -139,19 +162,49 @@ def _pack_chunk(dataset: Dataset, settings: Settings, entries: list[Entry]) -> l
                 )
             if record.duration_s < _SHORTEST_S:
                 raise ReadError(f"only {record.duration_s:g} s long; at least {_SHORTEST_S:g} s are needed")
-            signal = prepare_ecg_for_inference(
-                leads,
-                sampling_rate=record.sampling_rate_hz,
-                target_length=None,
-                downsampling_factor=1 if settings.compat == "published" else settings.downsampling_factor,
-                compat=settings.compat,
-            )
         except (ValueError, OSError) as error:
-            reason = _without_folder(str(error), dataset).removeprefix(f"{entry.source}: ")
-            results.append(Skipped(_as_utf8(entry.source), _as_utf8(reason)))
-        else:
-            results.append(_quantise(signal, record, leads, present, entry, settings))
-    return results
+            results[place] = _skipped(error, dataset, entry, read_s=time.perf_counter() - start)
+            continue
+        waiting[record.sampling_rate_hz, record.num_samples].append(
+            _Read(place, entry, record, leads, present, time.perf_counter() - start)
+        )
+        num_samples += leads.size
+        if num_samples > _WAITING_SAMPLES:
+            for group in waiting.values():
+                results |= _prepared(dataset, settings, group)
+            waiting.clear()
+            num_samples = 0
+    for group in waiting.values():
+        results |= _prepared(dataset, settings, group)
+    return [results[place] for place in range(len(entries))]
+
+
+def _prepared(dataset: Dataset, settings: Settings, group: list[_Read]) -> dict[int, Result]:
+    """Records of one rate and length; these alone decide whether the preprocessing refuses a record."""
+    start = time.perf_counter()
+    results: dict[int, Result] = {}
+    try:
+        signals = prepare_ecg_for_inference(
+            np.stack([item.leads for item in group]),
+            sampling_rate=group[0].record.sampling_rate_hz,
+            target_length=None,
+            downsampling_factor=1 if settings.compat == "published" else settings.downsampling_factor,
+            compat=settings.compat,
+        )
+    except ValueError as error:
+        results = {item.place: _skipped(error, dataset, item.entry) for item in group}
+    else:
+        for item, signal in zip(group, signals, strict=True):
+            results[item.place] = _quantise(signal, item.record, item.leads, item.present, item.entry, settings)
+    each_s = (time.perf_counter() - start) / len(group)
+    return {
+        item.place: dataclasses.replace(results[item.place], read_s=item.read_s, prepare_s=each_s) for item in group
+    }
+
+
+def _skipped(error: Exception, dataset: Dataset, entry: Entry, read_s: float = 0.0) -> Skipped:
+    reason = _without_folder(str(error), dataset).removeprefix(f"{entry.source}: ")
+    return Skipped(_as_utf8(entry.source), _as_utf8(reason), read_s)
 
 
 def _quantise(

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -362,6 +363,7 @@ def test_prepare(recordings, tmp_path, capsys):
     assert "  broken [00].npy: npy.read: file must be" in said
     assert "broken [11].npy" not in said
     assert f"and 3 more in {store.path}/store.json" in said
+    assert re.search(r"\n[0-9]+% of the work was reading files, the rest preparing what they hold\n", said)
     assert prepare(config).manifest == store.manifest
     with pytest.raises(UserError, match="is a packed store already"):
         prepare(PrepareConfig(store.path, output_dir=tmp_path / "again"))
