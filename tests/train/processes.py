@@ -7,7 +7,9 @@ one output for all; and where one fails, the others are told to end. Tests of to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import runpy
@@ -15,7 +17,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +58,19 @@ class Run:
         assert any(codes) == fails, f"{codes}\n{self.out}\n{self.err}"
         return self
 
+    def kill(self) -> None:
+        """End all at once."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        self.wait(fails=True)
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait for what the processes do."""
+        end = time.monotonic() + LIMIT_S
+        while not holds():
+            assert time.monotonic() < end, f"not there after {LIMIT_S} s\n{self.out}\n{self.err}"
+            time.sleep(0.01)
+
     def _hear(self) -> list[int]:
         while b"\n" not in self._heard:
             if not select.select([self._told], [], [], LIMIT_S)[0]:
@@ -75,8 +91,13 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self._server = subprocess.Popen([sys.executable, __file__], env=environment, stdin=subprocess.PIPE, text=True)
+        # A fork has the thread that forked alone: there must be no other one.
+        threads = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._server.stdout.readline() == "ready\n"
 
     def start(self, num_ranks: int, *argv: object) -> Run:
         """Start ranks, or with 0 of them one process without any group.
@@ -111,16 +132,18 @@ class Processes:
         return self.start(num_ranks, *argv).wait(fails)
 
     def close(self) -> None:
+        """End the server, once the runs are done."""
         self._server.communicate()
 
 
 def serve() -> list[str]:
     """Fork an agent for each run that is asked for; returns in its ranks, with what they shall run."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return lead(Path(line.strip()))
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
     raise SystemExit
 
 
@@ -151,19 +174,13 @@ def lead(folder: Path) -> list[str]:
 
 
 def load() -> None:
-    """Import what runs need, some of it on first use."""
-    import jsonargparse  # noqa: F401
-    import torch._dynamo
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp
-    import torch.distributed.tensor.parallel
-    import torch.utils.tensorboard  # noqa: F401
-
-    import hubert_ecg.evaluation.report
-    import hubert_ecg.train  # noqa: F401
+    """Import what runs need, also what they would on first use."""
+    others = ("jsonargparse", "pandas", "pytest", "rich.progress", "sklearn.metrics", "torch._dynamo")
+    ours = ("data.build", "data.datasets", "evaluation.plots", "evaluation.report", "train")
+    for name in (*others, "torch.utils.tensorboard", *(f"hubert_ecg.{module}" for module in ours)):
+        importlib.import_module(name)
 
     threads = Path("/proc/self/task")
-    # A fork has the thread that forked alone: another one may have held a lock.
     assert not threads.is_dir() or len(list(threads.iterdir())) == 1
 
 
@@ -178,4 +195,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     load()
+    print("ready", flush=True)
     main(serve())

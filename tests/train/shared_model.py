@@ -1,6 +1,6 @@
-"""Small pretraining runs on random records, for torchrun: ranks share the model as their settings say.
+"""Small pretraining runs on random records, on several ranks, which share the model as their settings say.
 
-``torchrun ... shared_model.py '[{"folder": "a", "parallel": "fsdp", ...}, ...]'``
+``shared_model.py '[{"folder": "a", "parallel": "fsdp", ...}, ...]'``
 """
 
 from __future__ import annotations
