@@ -19,8 +19,9 @@ import torch
 from hubert_ecg.config import FinetuneConfig
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file
 from hubert_ecg.train import distributed, machine
-from hubert_ecg.train.loop import Interrupted, Loop
+from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
+from hubert_ecg.train.stopping import Interrupted
 
 # The last of the 5 micro-batches of an epoch is too small for 4 ranks, and the last step has 1 instead of 2.
 NUM_RECORDS, GLOBAL_BATCH, NUM_CLUSTERS = 18, 4, 7

@@ -309,6 +309,23 @@ def test_stored_labels_train_the_model_that_online_labels_of_the_same_crops_do(c
     assert_same_weights(by_column["model"], in_step["model"])
 
 
+def test_labels_that_were_written_anew_are_not_gone_on_with(cohort, tmp_path):
+    def write(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        labels = random.integers(8, size=(1, len(cohort), 93), dtype=np.int16)
+        cohort.write_labels("drawn", labels, num_clusters=8, crop_s=5.0, facts={"seed": seed})
+
+    write(1)
+    fields = {"labels": "drawn", "max_steps": 2}
+    with stopped(MaskedPrediction, lambda _, step: step == 0):
+        train.pretrain(settings(tmp_path, cohort.path, **fields))
+    write(2)
+    with pytest.raises(UserError, match="--labels drawn must have seed 1 as when the run began, got 2; write them so"):
+        train.pretrain(settings(tmp_path, cohort.path, **fields, resume=True))
+    write(1)
+    assert train.pretrain(settings(tmp_path, cohort.path, **fields, resume=True))["step"] == 2
+
+
 def other_models(folder: Path) -> dict[str, str]:
     """Models that do not fit."""
     made = {}

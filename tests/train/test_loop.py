@@ -14,7 +14,9 @@ from torch import nn
 
 from hubert_ecg.config import UserError
 from hubert_ecg.train import checkpoint
-from hubert_ecg.train.loop import Interrupted, Loop, adamw
+from hubert_ecg.train.loop import Loop
+from hubert_ecg.train.optimiser import adamw
+from hubert_ecg.train.stopping import Interrupted
 
 from .toy import NUM_RECORDS, ToyBatches, ToyObjective, config, make_loop, rows
 

@@ -285,6 +285,17 @@ def test_a_collapse_is_said_once_until_it_is_mended(cohort, tmp_path, capsys):
     assert validate(4, True) == ""
     assert validate(5, False) == ""
     assert "warning at step 6" in validate(6, True)
+    # A run that goes on from a checkpoint has said it.
+    state = objective.state()
+    objective = objective_of(config)
+    objective.model.eval()
+    objective.warmup_steps = 2
+    objective.load_state(state)
+    capsys.readouterr()
+    assert objective._step == 6
+    assert validate(7, True) == ""
+    assert validate(8, False) == ""
+    assert "warning at step 9" in validate(9, True)
 
 
 @pytest.mark.parametrize("chunk", [1 << 23, 100])

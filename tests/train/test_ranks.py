@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import csv
 import json
 import os
 import signal
@@ -210,6 +211,13 @@ def test_pretraining_on_two_ranks_gives_the_weights_of_one(processes, recordings
     first, second = (checkpoint.load(folder / "checkpoint.safetensors")["progress"] for folder in (one, two))
     assert first["best_metrics"] == pytest.approx(second["best_metrics"], rel=1e-4)
     assert first["step"] == second["step"] == 5
+    speeds = []
+    for folder in (one, two):
+        with (folder / "metrics.csv").open() as file:
+            speeds += [row for row in csv.DictReader(file) if row["split"] == "train"]
+    # Operations of a record are the same however many ranks there are.
+    per_record = [float(row["tflops_per_s"]) / float(row["records_per_s"]) for row in speeds]
+    assert per_record == pytest.approx(per_record[:1] * 6)
 
 
 def test_evaluation_on_two_ranks_gives_the_numbers_of_one(processes, cohort, tmp_path, one_thread):

@@ -15,9 +15,9 @@ import torch
 from hubert_ecg import cli, train
 from hubert_ecg.config import PretrainConfig
 from hubert_ecg.train import distributed
-from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.objective import Objective
 from hubert_ecg.train.run import open_run
+from hubert_ecg.train.stopping import Interrupted
 from hubert_ecg.train.targets import find_targets
 
 
