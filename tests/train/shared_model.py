@@ -58,7 +58,7 @@ class Batches:
 class Prediction(Objective):
     def __init__(self, folder: Path, stop_before: int | None, **shape) -> None:
         torch.manual_seed(0)
-        small = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "classifier_proj_size": 16}
+        small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "classifier_proj_size": 16}
         drops = {"hidden_dropout": 0.0, "layerdrop": 0.4}
         fields = {**small, **drops, "vocab_sizes": [NUM_CLUSTERS], "conv_dim": (16,) * 5, **shape}
         self.model = HubertECGForPretraining(HubertECGConfig.preset("tiny", **fields))

@@ -59,6 +59,7 @@ def state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
