@@ -63,6 +63,12 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     parser.allow_abbrev = False
     parser.add_argument("--config", action="config", help="YAML or JSON file with values for any of the flags.")
     parser.add_class_arguments(cls, as_group=False)
+    hints = typing.get_type_hints(cls)
+    for action in parser._actions:
+        # The library shows the choices of a flag only where there is no None beside them.
+        choices = [choice for part in typing.get_args(hints.get(action.dest)) for choice in typing.get_args(part)]
+        if choices:
+            action.metavar = f"{{{','.join(choices)}}}"
     try:
         known = parser.parse_args(_spell_out_switches(cls, argv))
         preset = getattr(known, "preset", None)

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# As the commands do, before torch is loaded: threads that wait leave their core to the ranks beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

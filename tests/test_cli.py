@@ -105,6 +105,14 @@ def test_help_has_a_meaning_and_a_type_for_every_flag(command, capsys):
         assert len(entry.split()) > 3, entry
 
 
+def test_help_shows_choices_that_may_be_left_out(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    out = capsys.readouterr().out
+    assert out.count("--preset {published,corrected}") == 2
+    assert "--teacher TEACHER" in out
+
+
 def test_info_names_every_op_and_why_a_backend_is_missing(capsys):
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

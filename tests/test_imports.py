@@ -56,19 +56,31 @@ def test_a_reference_imports_nothing_of_ours_but_references(path):
         assert parts[1].endswith("_reference") or parts[1] == "_dropout", f"{path}:{line}"
 
 
-def loaded(code: str) -> set[str]:
-    code += "\nimport sys; print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return {name.split(".")[0] for name in out.split()}
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """What is loaded after each of these imports, one after another in a process of their own."""
+    names = ["hubert_ecg", "hubert_ecg.ops", "hubert_ecg.models", "hubert_ecg.train"]
+    code = (
+        "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n    print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    return {name: {m.split(".")[0] for m in line.split()} for name, line in zip(names, lines, strict=True)}
 
 
-def test_import_is_light():
-    assert not loaded("import hubert_ecg").intersection([*HEAVY, "torch"])
+def test_import_is_light(loaded):
+    assert not loaded["hubert_ecg"].intersection([*HEAVY, "torch"])
 
 
-def test_ops_load_nothing_heavy():
-    assert not loaded("import hubert_ecg.ops").intersection(HEAVY)
+def test_ops_load_nothing_heavy(loaded):
+    assert not loaded["hubert_ecg.ops"].intersection(HEAVY)
 
 
-def test_models_load_nothing_heavy():
-    assert not loaded("import hubert_ecg.models").intersection(["matplotlib", "wfdb", "sklearn"])
+def test_models_load_nothing_heavy(loaded):
+    assert not loaded["hubert_ecg.models"].intersection(["matplotlib", "wfdb", "sklearn"])
+
+
+def test_training_loads_neither_plots_nor_readers(loaded):
+    unwanted = {"matplotlib", "wfdb", "sklearn", "pandas", "tensorboard", "wandb"}
+    assert not loaded["hubert_ecg.train"] & unwanted
+    assert {"torch", "numpy"} <= loaded["hubert_ecg.train"]

@@ -20,9 +20,10 @@ from hubert_ecg.signal import LEADS
 from hubert_ecg.train import distributed, parallel, sharded_checkpoint
 from hubert_ecg.train.clusters import kmeans_hash
 from hubert_ecg.train.logs import check_wandb
-from hubert_ecg.train.loop import MAY_DIFFER
 from hubert_ecg.train.pretrain import train
+from hubert_ecg.train.pseudo_labels import StoredLabels
 from hubert_ecg.train.records import data_key
+from hubert_ecg.train.resuming import MAY_DIFFER
 from hubert_ecg.train.run import NAME, Run, files_of, kmeans_file, model_config, open_run
 from hubert_ecg.train.stages import Stage
 from hubert_ecg.train.targets import check_num_clusters, find_targets, saved_kmeans
@@ -198,7 +199,7 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     own = {key: value for key, value in to_json(config).items() if key not in _NOT_OF_TRAINING | MAY_DIFFER}
     of_training = {
         "records": data_key(run.store, run.train, run.validation),
-        "clusters": [kmeans_hash(one) for one in kmeans],
+        "clusters": [kmeans_hash(one) for one in kmeans] if config.labels is None else _facts_of_labels(run),
         "teacher": run.featuriser.teacher_hash,
         "start_from": None if run.start is None else weights_hash(run.start),
         "batch_size": config.batch_size * distributed.num_data_ranks(),
@@ -225,6 +226,10 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     told = {name: result[name] for name in ("step", "finished", "best_step", "metrics")}
     _finish(stage, {"model": _model_hash(files["model"]), **told})
     return result, anew
+
+
+def _facts_of_labels(run: Run) -> list[dict[str, Any]]:
+    return StoredLabels(run.store, str(run.config.labels).split(","), run.device).facts
 
 
 def _may_skip(run: Run, stage: Stage, name: str, anew: bool) -> bool:

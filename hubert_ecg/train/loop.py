@@ -13,11 +13,9 @@ import itertools
 import math
 import platform
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,49 +23,25 @@ import torch
 from torch import Tensor, nn
 
 from hubert_ecg import __version__
-from hubert_ecg.config import FinetuneConfig, PretrainConfig, RunError, UserError, to_json
+from hubert_ecg.config import FinetuneConfig, PretrainConfig, RunError, to_json
 from hubert_ecg.files import write_json
 from hubert_ecg.models.encoder import Encoder
 from hubert_ecg.models.hubert_ecg import Backbone
-from hubert_ecg.train import checkpoint, distributed, sharded_checkpoint, throughput
+from hubert_ecg.train import distributed, sharded_checkpoint, throughput
 from hubert_ecg.train.logs import Logs, NoLogs, say
 from hubert_ecg.train.machine import autocast
 from hubert_ecg.train.objective import Batches, Objective
-from hubert_ecg.train.parallel import Parallel, layout
+from hubert_ecg.train.optimiser import adamw, load_moments
+from hubert_ecg.train.parallel import Parallel
 from hubert_ecg.train.regularisation import DynamicRegularisation
+from hubert_ecg.train.resuming import check_same
 from hubert_ecg.train.schedule import DROPOUT, LAYERDROP, WarmupLinear, seed_of
+from hubert_ecg.train.stopping import Interrupted, StopAskedError, StopSignals
 
-# Settings that a resumed run may change: they alter neither what is computed nor in which order.
-MAY_DIFFER = frozenset(
-    {
-        "activation_checkpointing",
-        # What counts is the batch of all ranks together.
-        "batch_size",
-        "parallel",
-        "tensor_ranks",
-        "cache_dir",
-        "checkpoint_every",
-        "data_path",
-        "device",
-        "keep_features",
-        "log_every",
-        "num_workers",
-        "output_dir",
-        "resume",
-        # Whose weights count, wherever they lie.
-        "start_from",
-        "teacher",
-        "wandb",
-    }
-)
 _COLUMNS = ("step", "epoch", "split", "loss")
 _RATES = ("lr", "grad_norm", *throughput.COLUMNS)
 # Later than any step: no loss was bad so far.
 _NEVER = 2**62
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop, and did so after writing a checkpoint. Ends the process with 128 + signal number."""
 
 
 @dataclasses.dataclass
@@ -156,8 +130,7 @@ class Loop:
         self._bad_step = torch.full((), _NEVER, dtype=torch.int64, device=device)
         # Records of the steps whose losses have not been looked at yet.
         self._unseen: list[tuple[int, np.ndarray]] = []
-        self._stop_signal = 0
-        self._votes = distributed.Votes()
+        self._signals = StopSignals()
 
     def run(self) -> Progress:
         """Train to the end, or to the signal that stops it.
@@ -189,22 +162,22 @@ class Loop:
                 last_step = self.progress.step if resumed else None
                 logs = Logs(self.folder, columns, self.total_steps, last_step=last_step, title=self.title, wandb=wandb)
                 self.logs = stack.enter_context(logs)
-            stack.enter_context(self._signals())
+            stack.enter_context(self._signals.heard())
             if news:
                 self.logs.say(news)
             try:
                 self._train()
-                self._votes.read()
-            except _StopAskedError:
+                self._signals.finish()
+            except StopAskedError:
                 self._save()
-                name = signal.Signals(self._stop_signal).name
+                name = signal.Signals(self._signals.asked).name
                 self.logs.say(
                     f"{self.title}: stopped by {name} after step {self.progress.step}/{self.total_steps}; "
                     f"continue with --resume from {self.checkpoint_path}"
                 )
                 # The end of one rank is the end of all: not before rank 0 has written.
                 distributed.agreed(None)
-                raise Interrupted(128 + self._stop_signal) from None
+                raise Interrupted(128 + self._signals.asked) from None
         return self.progress
 
     def _train(self) -> None:
@@ -308,7 +281,7 @@ class Loop:
         if step % self.config.log_every == 0 or step == self.total_steps:
             self._log()
         self.logs.advance(step)
-        self._poll()
+        self._signals.poll()
         self._keep(validated=self._validate_if_due())
 
     def _keep(self, validated: bool) -> None:
@@ -332,7 +305,7 @@ class Loop:
         began = time.monotonic()
         self.objective.model.eval()
         with torch.no_grad(), autocast(self.device, self.dtype), self.parallel.gathered():
-            metrics = distributed.agreed(self.objective.validate(self._poll))
+            metrics = distributed.agreed(self.objective.validate(self._signals.poll))
         self.objective.train_mode()
         value, best = metrics[self.objective.monitor], progress.best
         first = progress.validated_step == 0
@@ -354,12 +327,6 @@ class Loop:
             progress.finished = f"{progress.bad_validations} validations without a better {self.objective.monitor}"
         self.interval.since += time.monotonic() - began
         return True
-
-    def _poll(self) -> None:
-        asked = self._votes(self._stop_signal)
-        if asked and not self.progress.finished:
-            self._stop_signal = asked
-            raise _StopAskedError
 
     def _epoch(self) -> float:
         return round(self.progress.step / self.steps_per_epoch, 4)
@@ -428,11 +395,10 @@ class Loop:
             old = sharded_checkpoint.put_away(path)
             return False, f"{self.title}: starting anew; the checkpoint of an earlier run is now {old}"
         state = sharded_checkpoint.load(path, self._layouts())
-        self._check_same(state, path)
+        check_same(state, self.config, self.data_key, path)
+        self.objective.load_state(state["objective"])
         self.objective.model.load_state_dict(state["model"])
-        optimiser = self.optimiser.state_dict()
-        optimiser["state"] = {i: state["optimiser"][name] for i, name in enumerate(self._optimised_names())}
-        self.optimiser.load_state_dict(optimiser)
+        load_moments(self.optimiser, self.parameters, state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         if self.regularisation is not None:
             self.regularisation.load_state(state["regularisation"])
@@ -449,30 +415,6 @@ class Loop:
             layouts |= {f"optimiser/{name}/{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
         return layouts
 
-    def _check_same(self, state: Mapping[str, Any], path: Path) -> None:
-        """Refuse a checkpoint of other records, settings or batches.
-
-        Raises:
-            UserError: Naming what differs.
-        """
-        saved = state["config"]
-        checkpoint.check_same(saved, to_json(self.config), MAY_DIFFER, path)
-        records = saved["batch_size"] * state["num_ranks"]
-        num_ranks = distributed.num_data_ranks()
-        if records != self.config.batch_size * num_ranks:
-            raise UserError(
-                f"resume: batch_size must be {records / num_ranks:g} on {num_ranks} rank(s), as in {path} "
-                f"({saved['batch_size']} on {state['num_ranks']}), got {self.config.batch_size}; all ranks together "
-                "must read the same batches as before"
-            )
-        if state["data_key"] != self.data_key:
-            raise UserError(f"resume: the records must be those of {path}, got others; give the same data_path")
-
-    def _optimised_names(self) -> list[str]:
-        """Names of the parameters in the optimiser's own order."""
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        return [names[parameter] for group in self.optimiser.param_groups for parameter in group["params"]]
-
     def _write_settings(self) -> None:
         """Write settings.json: all that was decided for the run, for people."""
         settings = {
@@ -488,59 +430,6 @@ class Loop:
             **self.facts,
         }
         write_json(self.folder / "settings.json", settings)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once.
-
-        Of several ranks, each may be told twice, by the terminal or SLURM and by torchrun: that changes nothing.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = number
-            if self.num_ranks > 1:
-                return
-            for asked, handler in before.items():
-                signal.signal(asked, handler or signal.SIG_DFL)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        after = before
-        try:
-            yield
-        except distributed.RankLostError:
-            # torchrun is about to end this rank, too: not before it has said why.
-            after = dict.fromkeys(before, signal.SIG_IGN)
-            raise
-        finally:
-            for number, handler in after.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-
-class _StopAskedError(Exception):
-    """A signal has asked the run to stop."""
-
-
-def adamw(
-    parameters: Mapping[str, nn.Parameter], weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels only, fused.
-
-    A parameter with at most one axis longer than 1 is a bias, the scale of a norm or the embedding of the mask: pulling
-    those to zero is no regularisation.
-    """
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters.values():
-        is_matrix = sum(n > 1 for n in parameter.shape) > 1
-        groups.setdefault((not is_matrix, layout(parameter)), []).append(parameter)
-    # Matrices first; of a sharded model, what lies on the ranks in another way is a group of its own.
-    given = [
-        {"params": group, "weight_decay": 0.0 if exempt else weight_decay}
-        for (exempt, _), group in sorted(groups.items(), key=lambda item: item[0][0])
-    ]
-    return torch.optim.AdamW(given, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def _groups(source: Generator[Any, None, None], size: int) -> Generator[list[Any], None, None]:

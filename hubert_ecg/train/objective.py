@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -76,3 +76,10 @@ class Objective(abc.ABC):
     def state(self) -> dict[str, Any]:
         """What else belongs in the checkpoint."""
         return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (nothing to do where there is no state)
+        """Take up what :meth:`state` gave, before the model's weights are loaded.
+
+        Raises:
+            UserError: If the run cannot go on from it.
+        """

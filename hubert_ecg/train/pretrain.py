@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class MaskedPrediction(Objective):
         self.model = HubertECGForPretraining(shape).to(device)
         self.metrics = ("masked_loss", "unmasked_loss", "accuracy", *ClusterUse.columns(len(shape.vocab_sizes)))
         # Alarms that were raised and still hold; before the warm-up is over, a model predicts few clusters anyway.
-        self._alarms: dict[str, str] = {}
+        self._alarms: set[str] = set()
         self._step = self.warmup_steps = 0
         # Inputs of micro-batches that were counted and not yet used.
         self._prepared: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
@@ -180,10 +180,10 @@ class MaskedPrediction(Objective):
     def _raise_alarms(self, use: ClusterUse) -> None:
         """Say what is wrong with clusters, once until it is mended."""
         alarms = use.alarms() if self._step > self.warmup_steps else {}
-        for name in sorted(alarms.keys() - self._alarms.keys()):
+        for name in sorted(alarms.keys() - self._alarms):
             if distributed.rank() == 0:
                 say(f"{self.title}: warning at step {self._step}: {alarms[name]}")
-        self._alarms = alarms
+        self._alarms = set(alarms)
 
     def save_best(self) -> None:
         save_file(self.model, self.file, extra=self._extra())
@@ -193,7 +193,11 @@ class MaskedPrediction(Objective):
         self.model.save_pretrained(self.folder / "last")
 
     def state(self) -> dict[str, Any]:
-        return self.labels.state()
+        return {**self.labels.state(), "alarms": sorted(self._alarms), "step": self._step}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.labels.check_same(state)
+        self._alarms, self._step = set(state["alarms"]), state["step"]
 
     def _inputs(self, batch: data.Batch, *key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Crops, their clusters, valid samples of each lead, and the mask drawn for each record under this key."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hubert_ecg import features, ops
 from hubert_ecg.clustering.points import unit_rows
+from hubert_ecg.config import UserError
 from hubert_ecg.train.records import lead_lengths
 from hubert_ecg.train.teacher import weights_hash
 
@@ -106,6 +107,9 @@ class PseudoLabels:
         """What a checkpoint keeps of them."""
         return {"kmeans": [one.state() for one in self.kmeans], "teacher": self.featuriser.teacher_hash}
 
+    def check_same(self, state: Mapping[str, Any]) -> None:
+        """They are those of the state, for they were made from it."""
+
 
 class StoredLabels:
     """Clusters that were found before: label sets of the store, which batches carry.
@@ -117,6 +121,7 @@ class StoredLabels:
 
     Attributes:
         vocab_sizes: Clusters K of each model.
+        facts: What each set is.
 
     Raises:
         UserError: If the store has no such labels.
@@ -128,7 +133,7 @@ class StoredLabels:
         self.vocab_sizes: list[int] = []
         for one in sets:
             self.vocab_sizes += one.facts.get("vocab_sizes", [one.facts["num_clusters"]] * len(one.values))
-        self._facts = [one.facts for one in sets]
+        self.facts = [one.facts for one in sets]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Clusters ``[E, B, N] int64`` of the crops, on the device."""
@@ -137,4 +142,18 @@ class StoredLabels:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of them."""
-        return {"labels": self._facts}
+        return {"labels": self.facts}
+
+    def check_same(self, state: Mapping[str, Any]) -> None:
+        """Refuse labels that have been written anew, in another way, since a run began with them.
+
+        Raises:
+            UserError: Naming what differs.
+        """
+        for name, before, now in zip(self.names, state["labels"], self.facts, strict=True):
+            for fact in (*now, *before):
+                if before.get(fact) != now.get(fact):
+                    raise UserError(
+                        f"resume: --labels {name} must have {fact} {before.get(fact)} as when the run began, got "
+                        f"{now.get(fact)}; write them so again, or start anew without --resume"
+                    )

@@ -28,6 +28,7 @@ _PEAK_TFLOPS = {
     "NVIDIA L4": 121.0,
 }
 
+# Of all ranks together, but for the memory, which is that of rank 0.
 COLUMNS = ("records_per_s", "data_wait_share", "tflops_per_s", "mfu", "peak_memory_gb")
 
 
@@ -140,12 +141,12 @@ class Interval:
         means = dict(zip(names, (torch.stack([self.sums[n] for n in names]) / self.num_steps).tolist(), strict=True))
         heard = distributed.gather((self.num_records, self.waited))
         speed = sum(records for records, _ in heard) / seconds
-        tflops = speed * flops_per_record / len(heard) / 1e12 if flops_per_record else float("nan")
+        tflops = speed * flops_per_record / 1e12 if flops_per_record else float("nan")
         values = (
             speed,
             sum(waited for _, waited in heard) / len(heard) / seconds,
             tflops,
-            tflops / self.peak_tflops,
+            tflops / len(heard) / self.peak_tflops,
             peak_memory_gb(self.device),
         )
         self.sums, self.num_steps = {}, 0

@@ -1,6 +1,6 @@
-"""Small pretraining runs on random records, for torchrun: ranks share the model as their settings say.
+"""Small pretraining runs on random records, on several ranks, which share the model as their settings say.
 
-``torchrun ... shared_model.py '[{"folder": "a", "parallel": "fsdp", ...}, ...]'``
+``shared_model.py '[{"folder": "a", "parallel": "fsdp", ...}, ...]'``
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from hubert_ecg.config import FinetuneConfig
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file
 from hubert_ecg.train import distributed, machine
-from hubert_ecg.train.loop import Interrupted, Loop
+from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
+from hubert_ecg.train.stopping import Interrupted
 
 # The last of the 5 micro-batches of an epoch is too small for 4 ranks, and the last step has 1 instead of 2.
 NUM_RECORDS, GLOBAL_BATCH, NUM_CLUSTERS = 18, 4, 7
@@ -57,7 +58,7 @@ class Batches:
 class Prediction(Objective):
     def __init__(self, folder: Path, stop_before: int | None, **shape) -> None:
         torch.manual_seed(0)
-        small = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "classifier_proj_size": 16}
+        small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "classifier_proj_size": 16}
         drops = {"hidden_dropout": 0.0, "layerdrop": 0.4}
         fields = {**small, **drops, "vocab_sizes": [NUM_CLUSTERS], "conv_dim": (16,) * 5, **shape}
         self.model = HubertECGForPretraining(HubertECGConfig.preset("tiny", **fields))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,15 +109,12 @@ def test_files_and_streamed_folders_give_one_model(flags, tmp_path, monkeypatch)
     assert its_report["cluster_counts"] == wanted.cluster_sizes_.tolist()
 
 
-def test_torchrun_gives_the_model_of_one_process(tmp_path):
+def test_ranks_give_the_model_of_one_process(processes, tmp_path):
     some_features().save(tmp_path / "f")
     assert cli.main(["cluster", *cluster(tmp_path / "f", tmp_path / "one.pkl", *FLAGS[0])]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tools" / "clustering.py"), *cluster(tmp_path / "f", tmp_path / "two.pkl", *FLAGS[0])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("cluster: 6 clusters of") == 1
+    flags = cluster(tmp_path / "f", tmp_path / "two.pkl", *FLAGS[0])
+    run = processes.run(2, ROOT / "tools" / "clustering.py", *flags)
+    assert run.out.count("cluster: 6 clusters of") == 1
     one, two = (KMeans.load(tmp_path / f"{name}.pkl") for name in ("one", "two"))
     np.testing.assert_allclose(two.cluster_centers_, one.cluster_centers_, rtol=1e-5, atol=1e-6)
     assert two.inertia_ == pytest.approx(one.inertia_, rel=1e-9)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,10 @@ from hubert_ecg.config import FinetuneConfig, UserError
 from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, HubertECGForPretraining, load_file, save_file
 from hubert_ecg.train.finetune import Classification, TaskRecords, build_model
-from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.records import positive_weights
 from hubert_ecg.train.throughput import COLUMNS
+
+from .tiny import stopped
 
 CPU = torch.device("cpu")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -60,6 +59,7 @@ def state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
@@ -96,20 +96,11 @@ def test_the_best_model_knows_all_that_prediction_needs(config, cohort, tmp_path
     assert header == ",".join(["step,epoch,split,loss,auroc,auprc,lr,grad_norm", *COLUMNS])
 
 
-def test_the_same_command_gives_the_same_model_and_an_interrupted_one_too(config, tmp_path, monkeypatch):
+def test_the_same_command_gives_the_same_model_and_an_interrupted_one_too(config, tmp_path):
     fields = {"dropout": 0.2, "encoder_dropout": 0.1, "layerdrop": 0.3, "freeze_extractor": False}
     once = train.finetune(config(output_dir=tmp_path / "a", **fields))
-    loss = Classification.loss
-
-    def stop(self, batch, step, micro):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step, micro)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classification, "loss", stop)
-        with pytest.raises(Interrupted):
-            train.finetune(config(output_dir=tmp_path / "b", **fields))
+    with stopped(Classification, lambda _, step: step == 3):
+        train.finetune(config(output_dir=tmp_path / "b", **fields))
     again = train.finetune(config(output_dir=tmp_path / "b", resume=True, **fields))
     assert again["metrics"] == once["metrics"]
     assert_same_weights(state(again["model"]), state(once["model"]))
@@ -121,19 +112,10 @@ def test_the_same_command_gives_the_same_model_and_an_interrupted_one_too(config
     assert first == second
 
 
-def test_augmented_runs_repeat_and_continue(config, tmp_path, monkeypatch):
+def test_augmented_runs_repeat_and_continue(config, tmp_path):
     plain, once = (train.finetune(config(output_dir=tmp_path / str(name), augment=name)) for name in (None, "all"))
-    loss = Classification.loss
-
-    def stop(self, batch, step, micro):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step, micro)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classification, "loss", stop)
-        with pytest.raises(Interrupted):
-            train.finetune(config(output_dir=tmp_path / "b", augment="all"))
+    with stopped(Classification, lambda _, step: step == 3):
+        train.finetune(config(output_dir=tmp_path / "b", augment="all"))
     again = train.finetune(config(output_dir=tmp_path / "b", augment="all", resume=True))
     weights = [state(run["model"]) for run in (plain, once, again)]
     assert_same_weights(weights[1], weights[2])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import re
-import signal
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from hubert_ecg.config import PRETRAIN_PRESETS, PretrainConfig, UserError
 from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file, save_file
 from hubert_ecg.train import clusters, iterations, records
-from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.pretrain import MaskedPrediction
 from hubert_ecg.train.pseudo_labels import PseudoLabels
 from hubert_ecg.train.run import open_run
@@ -28,27 +26,14 @@ from hubert_ecg.train.stages import Stage
 from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.token_features import TokenFeatures
 
+from . import tiny
+from .tiny import stopped
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def settings(folder: Path, data_path: Path, **fields) -> PretrainConfig:
-    defaults = {
-        "size": "tiny",
-        "batch_size": 8,
-        "max_steps": 3,
-        "validate_every": 2,
-        "checkpoint_every": 1,
-        "learning_rate": 1e-3,
-        "mask_prob": 0.33,
-        "num_clusters": 8,
-        "layerdrop": 0.3,
-        "num_workers": 0,
-        "device": "cpu",
-    }
-    return PretrainConfig(**{"data_path": data_path, "output_dir": folder, **defaults, **fields})
-
-
+settings = functools.partial(tiny.settings, batch_size=8, max_steps=3, validate_every=2, checkpoint_every=1)
 TWO = {"iterations": 2, "later_num_clusters": "12", "later_max_steps": "4"}
 
 
@@ -68,6 +53,11 @@ def straight(tmp_path_factory, cohort_path):
     """Two iterations that go through."""
     folder = tmp_path_factory.mktemp("straight")
     return folder, train.pretrain(settings(folder, cohort_path, **TWO))
+
+
+def after_the_first(straight: Path, folder: Path) -> None:
+    """What there is when the first iteration is done."""
+    shutil.copytree(straight / "iteration_1", folder / "iteration_1")
 
 
 def test_the_last_model_is_where_that_of_one_iteration_is(straight):
@@ -105,17 +95,9 @@ def test_later_targets_are_clusters_of_the_model_before(straight, cohort, cohort
 def test_stopped_in_the_second_iteration_it_continues_bit_for_bit(
     straight, tmp_path, cohort_path, monkeypatch, stop, capsys
 ):
-    loss = MaskedPrediction.loss
-
-    def stopping(self, batch, step, micro):
-        if "iteration_2" in str(self.folder) and step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step, micro)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedPrediction, "loss", stopping)
-        with pytest.raises(Interrupted, match="143"):
-            train.pretrain(settings(tmp_path, cohort_path, **TWO))
+    after_the_first(straight[0], tmp_path)
+    with stopped(MaskedPrediction, lambda _, step: step == stop):
+        train.pretrain(settings(tmp_path, cohort_path, **TWO))
     assert not (tmp_path / "hubert_ecg.pt").exists()
     said = capsys.readouterr().out
     assert re.search(r"^iteration 2/2 train: stopped by SIGTERM after step", said, re.MULTILINE)
@@ -127,7 +109,9 @@ def test_stopped_in_the_second_iteration_it_continues_bit_for_bit(
     assert_same_weights(tmp_path / "hubert_ecg.pt", straight[0] / "hubert_ecg.pt")
 
 
-def test_only_what_changed_and_what_follows_is_done_again(tmp_path, cohort_path, capsys):
+def test_only_what_changed_and_what_follows_is_done_again(straight, tmp_path, cohort_path, capsys):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+
     def run(**fields):
         train.pretrain(settings(tmp_path, cohort_path, **TWO | fields))
         return capsys.readouterr().out
@@ -135,7 +119,6 @@ def test_only_what_changed_and_what_follows_is_done_again(tmp_path, cohort_path,
     def steps(said, number):
         return f"iteration {number}/2 train: step" in said
 
-    run()
     # Where the files lie and how often they are written alters no result.
     said = run(checkpoint_every=2, log_every=1)
     assert said.count("done before with the same settings and inputs") == 4
@@ -157,18 +140,10 @@ def test_only_what_changed_and_what_follows_is_done_again(tmp_path, cohort_path,
     assert steps(said, 2)
 
 
-def test_an_interrupted_stage_is_not_continued_with_other_targets(tmp_path, cohort_path, monkeypatch, capsys):
-    loss = MaskedPrediction.loss
-
-    def stopping(self, batch, step, micro):
-        if "iteration_2" in str(self.folder) and step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step, micro)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedPrediction, "loss", stopping)
-        with pytest.raises(Interrupted):
-            train.pretrain(settings(tmp_path, cohort_path, **TWO))
+def test_an_interrupted_stage_is_not_continued_with_other_targets(straight, tmp_path, cohort_path, capsys):
+    after_the_first(straight[0], tmp_path)
+    with stopped(MaskedPrediction, lambda _, step: step == 2):
+        train.pretrain(settings(tmp_path, cohort_path, **TWO))
     # The same settings of the run, other settings of the loop: refused, nothing is lost.
     with pytest.raises(UserError, match=r"resume: learning_rate must be 0\.001"):
         train.pretrain(settings(tmp_path, cohort_path, **TWO, later_learning_rate="0.1", resume=True))
@@ -334,6 +309,23 @@ def test_stored_labels_train_the_model_that_online_labels_of_the_same_crops_do(c
     assert_same_weights(by_column["model"], in_step["model"])
 
 
+def test_labels_that_were_written_anew_are_not_gone_on_with(cohort, tmp_path):
+    def write(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        labels = random.integers(8, size=(1, len(cohort), 93), dtype=np.int16)
+        cohort.write_labels("drawn", labels, num_clusters=8, crop_s=5.0, facts={"seed": seed})
+
+    write(1)
+    fields = {"labels": "drawn", "max_steps": 2}
+    with stopped(MaskedPrediction, lambda _, step: step == 0):
+        train.pretrain(settings(tmp_path, cohort.path, **fields))
+    write(2)
+    with pytest.raises(UserError, match="--labels drawn must have seed 1 as when the run began, got 2; write them so"):
+        train.pretrain(settings(tmp_path, cohort.path, **fields, resume=True))
+    write(1)
+    assert train.pretrain(settings(tmp_path, cohort.path, **fields, resume=True))["step"] == 2
+
+
 def other_models(folder: Path) -> dict[str, str]:
     """Models that do not fit."""
     made = {}
@@ -414,36 +406,11 @@ def test_the_page_of_recipes_is_what_the_presets_set():
         iterations.check_settings(config)
 
 
-_SCRIPT = """
-import sys
-from pathlib import Path
-from hubert_ecg import cli
-from hubert_ecg.train import distributed
-sys.path.insert(0, sys.argv[4])
-from test_iterations import settings, find_targets, open_run
-out, store, teacher = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-latent = {"feature_type": "latent", "teacher": teacher}
-flags = [word for name, value in latent.items() for word in (f"--{name}", value)]
-with distributed.ranks("cpu") as (device, _, _):
-    find_targets(open_run(settings(out, store, **latent), "both", device))
-    common = ["--data_path", str(store), "--num_workers", "0", "--device", "cpu", *flags]
-    assert cli.main(["extract", *common, "--output_path", str(out / "features")]) == 0
-    kmeans = str(out / "hubert_ecg" / "kmeans.safetensors")
-    assert cli.main(["label", *common, "--kmeans_path", kmeans, "--name", sys.argv[5]]) == 0
-"""
-
-
-def test_ranks_share_features_clusters_and_labels(straight, cohort, tmp_path):
-    teacher = str(straight[0] / "hubert_ecg.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    (tmp_path / "script.py").write_text(_SCRIPT)
-    for name, num_ranks in (("one", 1), ("two", 2)):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-        command += [str(tmp_path / "script.py"), str(tmp_path / name), str(cohort.path), teacher]
-        command += [str(Path(__file__).parent), name]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("both: 8 clusters of") == 1
+def test_ranks_share_features_clusters_and_labels(processes, straight, cohort, tmp_path):
+    given = str(cohort.path), str(straight[0] / "hubert_ecg.pt")
+    tiny.share(str(tmp_path / "one"), *given, "one")
+    run = processes.run(2, tiny.__file__, "share", tmp_path / "two", *given, "two")
+    assert run.out.count("both: 8 clusters of") == 1
     one, two = (TokenFeatures.load(tmp_path / name / "features") for name in ("one", "two"))
     assert one.record_ids == two.record_ids
     np.testing.assert_allclose(one.features, two.features, rtol=0, atol=2e-3)

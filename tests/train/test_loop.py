@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,9 @@ from torch import nn
 
 from hubert_ecg.config import UserError
 from hubert_ecg.train import checkpoint
-from hubert_ecg.train.loop import Interrupted, Loop, adamw
+from hubert_ecg.train.loop import Loop
+from hubert_ecg.train.optimiser import adamw
+from hubert_ecg.train.stopping import Interrupted
 
 from .toy import NUM_RECORDS, ToyBatches, ToyObjective, config, make_loop, rows
 
@@ -71,20 +71,14 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, straight, capsys, stop, n
     assert progress == straight[2]
 
 
-def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(tmp_path, straight):
+def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(processes, tmp_path, straight):
     wait = random.Random().uniform(0.0, 0.8)
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("toy.py")),
-        str(tmp_path),
-        *map(json.dumps, ({"resume": True}, 0.05, torch.get_num_threads(), None)),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        # The first step it takes, after what it says about resuming.
-        assert any(line.strip().isdigit() for line in process.stdout)
-        time.sleep(wait)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL, f"killed after {wait} s"
+    settings = map(json.dumps, ({"resume": True}, 0.1, torch.get_num_threads(), None))
+    run = processes.start(0, Path(__file__).with_name("toy.py"), tmp_path, *settings)
+    # The first step it takes, after what it says about resuming.
+    run.wait_until(lambda: any(line.isdigit() for line in run.out.splitlines()))
+    time.sleep(wait)
+    run.kill()
     loop = make_loop(tmp_path, resume=True)
     loop.run()
     assert_same_weights(weights(loop), straight[0])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,21 +16,17 @@ from hubert_ecg.models.tensor_ranks import dropout_seed
 from hubert_ecg.train import parallel, sharded_checkpoint
 
 from . import shared_model
+from .processes import Processes
 
-ROOT = Path(__file__).resolve().parents[2]
 FSDP, TENSOR = {"parallel": "fsdp"}, {"parallel": "tensor", "tensor_ranks": 2}
 # Steps are 0 to 3; a checkpoint is written after 2, 3 (the end of an epoch, which is validated) and 4.
 STOP = {"stop_before": 3}
 
 
-def launch(num_ranks: int, folder: Path, jobs: dict[str, dict]) -> None:
+def launch(processes: Processes, num_ranks: int, folder: Path, jobs: dict[str, dict]) -> None:
     """Run jobs, each in the folder of its name, on several ranks."""
     jobs = [{"folder": str(folder / name), **job} for name, job in jobs.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    command += [str(Path(shared_model.__file__)), json.dumps(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    processes.run(num_ranks, shared_model.__file__, json.dumps(jobs))
 
 
 def alone(folder: Path, **job) -> None:
@@ -44,7 +37,7 @@ def alone(folder: Path, **job) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(tmp_path_factory, processes) -> Path:
     """Straight and stopped runs: of one process, and of two that share in each way."""
     folder = tmp_path_factory.mktemp("runs")
     alone(folder / "one")
@@ -59,7 +52,7 @@ def runs(tmp_path_factory) -> Path:
         "dropout": TENSOR | {"shape": {"hidden_dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2}},
         "bfloat16": FSDP | {"precision": "bfloat16"},
     }
-    launch(2, folder, jobs)
+    launch(processes, 2, folder, jobs)
     return folder
 
 
@@ -115,13 +108,13 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(runs, tmp_path, how):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-def test_four_ranks_share_and_go_on_from_the_checkpoint_of_two(runs, tmp_path):
+def test_four_ranks_share_and_go_on_from_the_checkpoint_of_two(processes, runs, tmp_path):
     jobs = {
         "two_by_two": TENSOR,
         "fsdp": FSDP | {"resume_from": str(runs / "stopped_fsdp")},
         "tensor": TENSOR | {"resume_from": str(runs / "stopped_tensor")},
     }
-    launch(4, tmp_path, jobs)
+    launch(processes, 4, tmp_path, jobs)
     for name in jobs:
         assert_same_model(runs / "one", tmp_path / name)
 

@@ -4,11 +4,7 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +18,6 @@ from hubert_ecg.data import Loader
 from hubert_ecg.models import HubertECG, HubertECGConfig, HubertECGForPretraining, load_file
 from hubert_ecg.train import checkpoint
 from hubert_ecg.train.cluster_use import ClusterUse, effective_number
-from hubert_ecg.train.loop import Interrupted
 from hubert_ecg.train.pretrain import MaskedPrediction
 from hubert_ecg.train.pseudo_labels import PseudoLabels
 from hubert_ecg.train.run import model_config, open_run
@@ -30,25 +25,10 @@ from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.throughput import COLUMNS
 from hubert_ecg.train.token_features import FeatureWork, TokenFeatures, ValidTokens
 
+from . import tiny
+from .tiny import settings, stopped
+
 CPU = torch.device("cpu")
-
-
-def settings(folder: Path, data_path: Path, **fields) -> PretrainConfig:
-    defaults = {
-        "size": "tiny",
-        "batch_size": 5,
-        "max_steps": 12,
-        "validate_every": 4,
-        "checkpoint_every": 3,
-        "log_every": 2,
-        "learning_rate": 1e-3,
-        "mask_prob": 0.33,
-        "num_clusters": 8,
-        "layerdrop": 0.3,
-        "num_workers": 0,
-        "device": "cpu",
-    }
-    return PretrainConfig(**{"data_path": data_path, "output_dir": folder, **defaults, **fields})
 
 
 def objective_of(config: PretrainConfig, kmeans=None) -> MaskedPrediction:
@@ -140,44 +120,21 @@ def test_it_learns(cohort, tmp_path):
 
 @pytest.mark.parametrize("stop", [5, 8])
 def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, cohort_path, monkeypatch, stop):
-    loss = MaskedPrediction.loss
-
-    def stopping(self, batch, step, micro):
-        if step == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, batch, step, micro)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MaskedPrediction, "loss", stopping)
-        with pytest.raises(Interrupted, match="143"):
-            train.pretrain(settings(tmp_path, cohort_path))
+    with stopped(MaskedPrediction, lambda _, step: step == stop - 1):
+        train.pretrain(settings(tmp_path, cohort_path))
     # k-means comes from the checkpoint.
     monkeypatch.setattr(clustering.KMeans, "fit", None)
     train.pretrain(settings(tmp_path, cohort_path, resume=True))
     assert_same_run(tmp_path, straight[0])
 
 
-_SCRIPT = """
-import sys, torch
-from pathlib import Path
-torch.set_num_threads(int(sys.argv[3]))
-sys.path.insert(0, sys.argv[4])
-from test_pretrain import settings
-from hubert_ecg import train
-train.pretrain(settings(Path(sys.argv[1]), Path(sys.argv[2]), resume=True))
-"""
-
-
-def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(straight, tmp_path, cohort_path):
+def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(processes, straight, tmp_path, cohort_path):
     saved = tmp_path / "hubert_ecg" / "checkpoint.safetensors"
     wait = random.Random().uniform(0.0, 1.0)
-    arguments = [str(tmp_path), str(cohort_path), str(torch.get_num_threads()), str(Path(__file__).parent)]
-    with subprocess.Popen([sys.executable, "-c", _SCRIPT, *arguments], stdout=subprocess.DEVNULL) as process:
-        while not saved.is_file() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(wait)
-        process.kill()
-    assert saved.is_file()
+    run = processes.start(0, tiny.__file__, "resume", tmp_path, cohort_path, torch.get_num_threads())
+    run.wait_until(saved.is_file)
+    time.sleep(wait)
+    run.kill()
     train.pretrain(settings(tmp_path, cohort_path, resume=True))
     assert_same_run(tmp_path, straight[0])
 
@@ -328,6 +285,17 @@ def test_a_collapse_is_said_once_until_it_is_mended(cohort, tmp_path, capsys):
     assert validate(4, True) == ""
     assert validate(5, False) == ""
     assert "warning at step 6" in validate(6, True)
+    # A run that goes on from a checkpoint has said it.
+    state = objective.state()
+    objective = objective_of(config)
+    objective.model.eval()
+    objective.warmup_steps = 2
+    objective.load_state(state)
+    capsys.readouterr()
+    assert objective._step == 6
+    assert validate(7, True) == ""
+    assert validate(8, False) == ""
+    assert "warning at step 9" in validate(9, True)
 
 
 @pytest.mark.parametrize("chunk", [1 << 23, 100])

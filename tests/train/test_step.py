@@ -30,7 +30,7 @@ from hubert_ecg.train.run import open_run
 from hubert_ecg.train.targets import find_targets
 from hubert_ecg.train.throughput import forward_flops, peak_memory_gb, peak_tflops, training_flops
 
-from .test_pretrain import settings
+from .tiny import settings
 
 CPU = torch.device("cpu")
 
