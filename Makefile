@@ -4,6 +4,8 @@ VENV ?= .venv
 # A version that `pip install` finds as a wheel for any platform; override for another build: make demo TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
 DATA ?=
+# Processes of `make test`; a file of tests stays in one.
+JOBS ?= 2
 ARGS ?=
 
 READY := $(VENV)/ready
@@ -14,7 +16,7 @@ demo: $(READY)
 	$(VENV)/bin/hubert-ecg demo $(if $(DATA),--data_path $(DATA)) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Rows of this device end up in benchmarks/results/.
 bench: $(VENV)/peers

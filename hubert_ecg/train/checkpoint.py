@@ -22,7 +22,7 @@ from hubert_ecg.config import UserError
 from hubert_ecg.files import replacing
 
 _KEY = "hubert_ecg_checkpoint"
-_VERSION = 2
+_VERSION = 3
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:

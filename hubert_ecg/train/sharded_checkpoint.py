@@ -26,7 +26,7 @@ from hubert_ecg.train import checkpoint, distributed
 from hubert_ecg.train.parallel import laid_out, layout
 
 _STATE = "state.json"
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 24
 
 
