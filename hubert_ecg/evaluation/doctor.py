@@ -44,7 +44,7 @@ def write_doctor(store: Store, folder: str | Path) -> dict[str, Any]:
     write_page(
         path.with_suffix(".html"),
         "doctor.html.j2",
-        title=f"Recordings of {store.dataset}",
+        title="Recordings of " + store.dataset.replace(",", ", "),
         found=found,
         store_name=store.path.name,
         num_rows=_ROWS,

@@ -36,8 +36,8 @@ def examined(store: data.Store, folder: Path) -> dict[str, Any]:
     said = [f"{found['num_flagged']} of {found['num_records']} records to look at"]
     if copies["num_groups"]:
         across = f" ({copies['num_across_splits']} across splits)" if copies["num_across_splits"] else ""
-        said.append(f"{copies['num_groups']} recorded twice{across}")
+        said.append(f"{copies['num_groups']} with duplicates{across}")
     if unreadable["num_files"]:
         said.append(f"{unreadable['num_files']} unreadable")
-    say(f"doctor: {', '.join(said)}: doctor.html and doctor.json in {folder}")
+    say(f"doctor: {', '.join(said)}; see doctor.html in {folder}")
     return found

@@ -60,7 +60,7 @@ def test_the_page_says_what_was_found(page):
         "1 file of 3 is unreadable and left out",
         "1 recording is in more than one of training, validation and test",
         "Partly flat leads: 2 records.",
-        "Recorded twice (1)",
+        "Duplicates (1)",
         "Unreadable files (1)",
         "--unlabelled drop",
     ):

@@ -28,11 +28,11 @@ def test_prepare_ends_with_the_report_and_doctor_makes_it_again(folder, tmp_path
     store = tmp_path / "store"
     assert cli.main(["prepare", "--data_path", str(folder), "--output_dir", str(store), "--num_workers", "0"]) == 0
     said = capsys.readouterr().out
-    assert "doctor: 0 of 4 records to look at, 1 recorded twice" in said
-    assert f"1 unreadable: doctor.html and doctor.json in {store}" in said
+    assert "doctor: 0 of 4 records to look at, 1 with duplicates" in said
+    assert f"1 unreadable; see doctor.html in {store}" in said
     found = json.loads((store / "doctor.json").read_text())
     assert found["unreadable"]["files"][0]["source"] == "empty.npy"
-    assert "Recorded twice (1)" in (store / "doctor.html").read_text()
+    assert "Duplicates (1)" in (store / "doctor.html").read_text()
 
     (store / "doctor.json").unlink()
     assert cli.main(["doctor", "--data_path", str(store)]) == 0
