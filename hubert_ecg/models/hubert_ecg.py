@@ -10,18 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hubert_ecg.models.encoder import (
-    Encoder,
-    FeatureExtractor,
-    FeatureProjection,
-    HubertECGConfig,
-    ModelOutput,
-    num_tokens,
-    padding_lengths,
-    sample_mask,
-    window_mask,
-)
+from hubert_ecg.models.encoder import Encoder, FeatureExtractor, FeatureProjection, ModelOutput
 from hubert_ecg.models.pretrained import Pretrained
+from hubert_ecg.models.shape import HubertECGConfig, num_tokens, padding_lengths, sample_mask, window_mask
 from hubert_ecg.ops import IGNORED, codebook_loss
 
 TEMPERATURE = 0.1

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hubert_ecg.models.encoder import Head, HubertECGConfig, ModelOutput, Problem
+from hubert_ecg.models.encoder import ModelOutput
 from hubert_ecg.models.hubert_ecg import HubertECG
 from hubert_ecg.models.pretrained import Pretrained
+from hubert_ecg.models.shape import Head, HubertECGConfig, Problem
 
 
 class HubertECGForClassification(Pretrained, nn.Module):

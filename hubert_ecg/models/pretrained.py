@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hubert_ecg.config import UserError
 from hubert_ecg.files import replacing, write_json
-from hubert_ecg.models.encoder import HubertECGConfig
+from hubert_ecg.models.shape import HubertECGConfig
 
 _log = logging.getLogger(__name__)
 

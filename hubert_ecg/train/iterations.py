@@ -14,8 +14,8 @@ from hubert_ecg import clustering
 from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.features import default_layer
 from hubert_ecg.files import replacing
-from hubert_ecg.models.encoder import num_tokens
 from hubert_ecg.models.pretrained import read_weights
+from hubert_ecg.models.shape import num_tokens
 from hubert_ecg.signal import LEADS
 from hubert_ecg.train import distributed, parallel, sharded_checkpoint
 from hubert_ecg.train.clusters import kmeans_hash

@@ -18,7 +18,7 @@ from hubert_ecg.data import Loader, plain_pickle
 from hubert_ecg.data.progress import Progress
 from hubert_ecg.files import replacing, write_json
 from hubert_ecg.models import HubertECGConfig, token_mask
-from hubert_ecg.models.encoder import num_tokens
+from hubert_ecg.models.shape import num_tokens
 from hubert_ecg.signal import LEADS
 from hubert_ecg.train.records import lead_lengths
 

@@ -84,7 +84,7 @@ def test_configs_survive_json(size, rate):
 
 
 def _fixed_names() -> set[str]:
-    from hubert_ecg.models.encoder import _FIXED
+    from hubert_ecg.models.shape import _FIXED
 
     return set(_FIXED)
 
