@@ -1,4 +1,4 @@
-"""``hubert-ecg prepare`` in shards of two records, for torchrun: ``python pack.py <flags>``."""
+"""``hubert-ecg prepare`` in shards of two records, a script for ranks: ``python pack.py <flags>``."""
 
 from __future__ import annotations
 

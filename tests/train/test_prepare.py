@@ -20,7 +20,6 @@ from hubert_ecg.train.finetune import TaskRecords
 from hubert_ecg.train.records import split_for_pretraining
 
 from . import pack
-from .test_ranks import run, torchrun
 
 PACK = str(Path(pack.__file__))
 
@@ -54,21 +53,21 @@ def clinics(tmp_path):
     return a, b, c
 
 
-def test_two_ranks_go_on_after_one_was_killed(clinics, tmp_path, monkeypatch):
+def test_two_ranks_go_on_after_one_was_killed(clinics, tmp_path, monkeypatch, processes):
     a, b, _ = clinics
     flags = ["--dataset", "csv,csv", "--data_path", f"{a},{b}", "--num_workers", "0", "--output_dir"]
     whole = build.build(open_dataset("csv", f"{a},{b}"), tmp_path / "whole", shard_records=pack.SHARD_RECORDS)
-    launch = torchrun(2, PACK, *flags, tmp_path / "s")
+    command = [PACK, *flags, tmp_path / "s"]
     with monkeypatch.context() as killing:
         killing.setenv("PACK_KILLED", "1")
-        run(launch, returncode=1)
+        processes.run(2, *command, fails=True)
     assert (tmp_path / "s/building.json").is_file()
     assert not (tmp_path / "s/shards/00001.parquet").exists()
-    done = run(launch)
-    line = [line for line in done.stderr.splitlines() if line.startswith("packing")][-1]
+    done = processes.run(2, *command)
+    line = [line for line in done.err.splitlines() if line.startswith("packing")][-1]
     # What the first rank still has to do of 15 shards, some of which it has packed before.
     assert re.fullmatch(r"packing csv,csv, the share of one of 2 ranks: (\d+)/\1  0:\d\d:\d\d", line), line
-    assert f"30 records in {tmp_path / 's'}\nof them csv-a 10, csv-b 20\n" in done.stderr
+    assert f"30 records in {tmp_path / 's'}\nof them csv-a 10, csv-b 20\n" in done.err
     assert content(tmp_path / "s") == content(whole.path)
 
 

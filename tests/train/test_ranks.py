@@ -114,13 +114,14 @@ def test_a_killed_rank_ends_the_run_with_a_clear_message(processes, tmp_path, st
 def test_torchrun_restarts_what_was_killed_and_passes_a_signal_on(tmp_path):
     """The killed one is started again with the other one, and then all are stopped by a signal to torchrun itself."""
     # Longer than any machine takes to pass the signal on.
-    command = toy(tmp_path, [1, 5, signal.SIGKILL], 0.05, batch_size=3, num_epochs=1000, resume=True)
+    fields = {"batch_size": 3, "num_epochs": 1000, "patience": 1000, "resume": True}
+    command = toy(tmp_path, [1, 5, signal.SIGKILL], 0.05, **fields)
     out, told = "", False
     with torchrun(2, "--max-restarts", 1, *command) as process:
         for line in process.stdout:
             out += line
             # Only those that were started again come so far.
-            if line.strip() == "9" and not told:
+            if line == "9\n" and not told:
                 process.terminate()
                 told = True
         err = process.stderr.read()

@@ -107,7 +107,9 @@ if __name__ == "__main__":
     torch.set_num_threads(threads)
 
     def on_step(step, batch):
-        print(step, flush=True)
+        # In one piece, or the lines of two ranks mix.
+        sys.stdout.write(f"{step}\n")
+        sys.stdout.flush()
         time.sleep(seconds)
         done = folder / "killed"
         if killed and [rank(), step] == killed[:2] and not done.exists():
