@@ -39,7 +39,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -132,17 +132,15 @@ def prepare_ecg_for_inference(
     on_cpu = raw.device.type == "cpu"
     step = 1 if on_cpu else max(1, 2**22 // records[:1].numel())
 
-    def prepare(first: int) -> torch.Tensor:
+    def prepare(first: int) -> None:
         part = records[first : first + step].to(torch.float64)
         if compat == "corrected":
             done = _corrected(part, rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize)[..., :num_out]
         else:
             done = _published(part, rate_hz, num_native, target // factor * factor, factor, normalize)
-        return done
-
-    firsts = range(0, records.shape[0], step)
-    for first, done in zip(firsts, _each(prepare, firsts, torch.get_num_threads() if on_cpu else 1), strict=True):
         out[first : first + step, :, : done.shape[-1]] = done
+
+    _share(prepare, range(0, records.shape[0], step), torch.get_num_threads() if on_cpu else 1)
     out = out.reshape(*raw.shape[:-1], num_out)
     if not return_length:
         return out
@@ -151,17 +149,24 @@ def prepare_ecg_for_inference(
     return out, torch.full((raw.shape[0],), num_valid, dtype=torch.int64, device=raw.device)
 
 
-def _each(work: Callable[[int], torch.Tensor], items: Sequence[int], num_threads: int) -> Iterator[torch.Tensor]:
-    """``map(work, items)`` in threads that share the items, and not the work of one, which is too short for that."""
-    if min(num_threads, len(items)) <= 1:
-        yield from map(work, items)
+def _share(work: Callable[[int], None], items: Sequence[int], num_threads: int) -> None:
+    """``work`` of each item, in threads that share the items, and not the work of one, which is too short for that."""
+    num_threads = min(num_threads, len(items))
+    if num_threads <= 1:
+        for item in items:
+            work(item)
         return
+
+    def turn(thread: int) -> None:
+        torch.set_num_threads(1)
+        for item in items[thread::num_threads]:
+            work(item)
+
     own = torch.get_num_threads()
-    # Here too: threads that wait for a share of what is done with the results would spin.
-    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(work, items)
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(turn, range(num_threads)):
+                pass
     finally:
         # What is set holds for the thread that sets it, and for all that begin later.
         torch.set_num_threads(own)
