@@ -157,10 +157,14 @@ def _share(work: Callable[[int], None], items: Sequence[int], num_threads: int) 
             work(item)
         return
 
+    inference = torch.is_inference_mode_enabled()
+
     def turn(thread: int) -> None:
         torch.set_num_threads(1)
-        for item in items[thread::num_threads]:
-            work(item)
+        # A thread does not inherit it, and may not write into what was made in it.
+        with torch.inference_mode(inference):
+            for item in items[thread::num_threads]:
+                work(item)
 
     own = torch.get_num_threads()
     try:
