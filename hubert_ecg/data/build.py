@@ -371,25 +371,19 @@ def _pack(
                 write_shard(folder, position, results, dataset, schema, settings)
                 results = []
     ranks.gather(None)
-    ranks.first(lambda: _finish(dataset, folder, settings, plan, len(shards), split_facts))
+    ranks.first(lambda: _see_parts(folder, len(shards)))
+    ranks.first(lambda: finish(dataset, folder, settings, plan, len(shards), split_facts))
     return read_s / (read_s + prepare_s) if read_s else math.nan
 
 
-def _finish(
-    dataset: Dataset,
-    folder: Path,
-    settings: Settings,
-    plan: dict[str, Any],
-    num_shards: int,
-    split_facts: dict[str, Any],
-) -> None:
+def _see_parts(folder: Path, num_shards: int) -> None:
+    """Raises UserError where the rank that finishes the store does not see what the others packed."""
     for position in range(num_shards):
         if not _appears(part_of(folder, position)):
             raise UserError(
                 f"{part_of(folder, position)} is not to be seen where the store is finished: run again to go on; ranks "
                 "on several machines need a file system that all of them share"
             )
-    finish(dataset, folder, settings, plan, num_shards, split_facts)
 
 
 def _tell(store: Store, read_share: float) -> None:
