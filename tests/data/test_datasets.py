@@ -8,7 +8,9 @@ import pytest
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data import DATASETS, ReadError, default_data_path, open_dataset
+from hubert_ecg.data.dataset import learnable
 from hubert_ecg.data.datasets.challenge import snomed
+from hubert_ecg.data.datasets.hefei import finding_labels
 from hubert_ecg.signal import LEADS
 
 HEADER = "{name} 12 500 10 {date}\n" + "".join(f"{{name}}.mat 16+24 1000/mV 16 0 0 0 0 {lead}\n" for lead in LEADS)
@@ -199,7 +201,7 @@ def test_hefei(hefei):
     entries = dataset.entries()
     assert [entry.record_id for entry in entries] == ["hf_round1/1", "hf_round1/2", "hf_round2/1"]
     assert [(entry.age, entry.sex) for entry in entries] == [(83, "female"), (None, None), (40, "male")]
-    assert entries[0].labels["all"] == ("QRS低电压", "窦性心律")
+    assert entries[0].labels == {"all": ("LQRSV", "NSR"), "findings": ("QRS低电压", "窦性心律")}
     for entry, shift in ((entries[0], 0), (entries[2], 1)):
         leads, present = dataset.read(entry).standard_leads()
         expected = (signal.T + shift) * 0.00488
@@ -207,6 +209,32 @@ def test_hefei(hefei):
         np.testing.assert_allclose(leads[[0, 1, *range(6, 12)]], expected, atol=1e-5)
         np.testing.assert_allclose(leads[2], expected[1] - expected[0], atol=1e-5)
         np.testing.assert_allclose(leads[3], -(expected[0] + expected[1]) / 2, atol=1e-5)
+
+
+ROUND_2 = """
+QRS低电压 电轴右偏 起搏心律 T波改变 电轴左偏 心房颤动 非特异性ST段异常 下壁异常Q波 前间壁R波递增不良 ST段改变
+一度房室传导阻滞 左束支传导阻滞 右束支传导阻滞 完全性左束支传导阻滞 左前分支传导阻滞 右心房扩大 短PR间期
+左心室高电压 窦性心动过缓 早期复极化 窦性心律 融合波 ST-T改变 非特异性ST段与T波异常 快心室率 非特异性T波异常
+室性早搏 房性早搏 窦性心律不齐 完全性右束支传导阻滞 窦性心动过速 不完全性右束支传导阻滞 顺钟向转位 逆钟向转位
+"""
+
+
+def test_hefei_round_2_has_27_labels(tmp_path):
+    """Two recordings of each of its 34 findings; a finding that is in no table keeps its words."""
+    findings = [*ROUND_2.split(), "二联律"]
+    lines = "".join(f"{n}.txt\t40\tMALE\t{finding}\n" for n, finding in enumerate(findings * 2))
+    (tmp_path / "hf_round2_label.txt").write_text(lines, encoding="utf-8")
+    dataset = open_dataset("hefei", tmp_path)
+    assert set(dataset.label_names("findings")) == set(findings)
+    assert len(findings) == 35
+    names = set(dataset.label_names("all")) - {"二联律"}
+    assert len(names) == 27
+    known = {dx.abbreviation for dx in snomed().values()}
+    assert names - known == {"RVR"}
+    assert {*finding_labels().values()} - known == {"RVR"}
+    merged = {"右束支传导阻滞", "完全性右束支传导阻滞", "不完全性右束支传导阻滞"}
+    entries = learnable(dataset.entries(), dataset.synonyms)[0]
+    assert all(("RBBB" in entry.labels["all"]) == (entry.labels["findings"][0] in merged) for entry in entries)
 
 
 def test_hefei_rounds_and_test_sets_keep_apart(tmp_path):

@@ -69,7 +69,7 @@ def make_hefei(folder):
     (folder / "hf_round2_arrythmia.txt").write_text("窦性心律\n电轴左偏\n", encoding="utf-8")
     lines = ("1.txt\t83\tFEMALE\t窦性心律\n", "2.txt\t\t\t窦性心律\t电轴左偏\n", "3.txt\t40\tMALE\t电轴左偏\n")
     (folder / "hf_round2_label.txt").write_text("".join(lines), encoding="utf-8")
-    return {"all": {"窦性心律": 2, "电轴左偏": 2}}
+    return {"all": {"NSR": 2, "LAD": 2}, "findings": {"窦性心律": 2, "电轴左偏": 2}}
 
 
 def make_sph(folder):

@@ -7,26 +7,47 @@ file, age, sex, then its findings. ``*_arrythmia.txt`` (the organisers' spelling
 
 from __future__ import annotations
 
+import csv
+import functools
 import re
+from importlib import resources
 from pathlib import Path
+from typing import ClassVar
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data.dataset import Dataset, Entry, number, walk
+from hubert_ecg.data.datasets.challenge import Challenge
 from hubert_ecg.data.readers import read_record
 from hubert_ecg.data.record import Record, sex_of
 
 _MV_PER_STEP = 4.88e-3
 
 
+@functools.cache
+def finding_labels() -> dict[str, str]:
+    """Finding to label: the abbreviation that the Challenge's tables (``snomed.csv``) have for it.
+
+    RVR (rapid ventricular rate) alone is not in them: it is not ventricular tachycardia.
+    """
+    table = resources.files(__package__).joinpath("hefei.csv").read_text(encoding="utf-8")
+    return {row["finding"]: row["label"] for row in csv.DictReader(table.splitlines())}
+
+
 class Hefei(Dataset):
-    """Hefei with the task ``all``: the findings as the label table names them.
+    """Hefei with the tasks ``all`` and ``findings``, which has the findings in the words of the label table.
+
+    ``all`` has them as abbreviations (:func:`finding_labels`), and a block that is a kind of another as that one:
+    complete, incomplete or not said to be either is RBBB; LBBB is any block of the left bundle, its anterior fascicle
+    included. With that, the 34 findings of round 2 are 27 labels, as in published tables, which do not say how they
+    were joined. Findings that only round 1 has and the Challenge has no abbreviation for keep their words.
 
     Where a list of findings (``*_arrythmia.txt``) is beside the tables, a finding outside of all lists is an error.
     Recordings without a line in a label table (the challenge's test sets) are left out. Patients are not published.
     """
 
     name = "hefei"
-    tasks = ("all",)
+    tasks = ("all", "findings")
+    synonyms: ClassVar = {**Challenge.synonyms, "IRBBB": "RBBB", "LAnFB": "LBBB"}
     spread, gathers = ".txt", True
 
     @classmethod
@@ -61,7 +82,10 @@ class Hefei(Dataset):
                         source=path.relative_to(self.data_path).as_posix(),
                         age=number(age),
                         sex=sex_of(sex),
-                        labels={"all": tuple(sorted(set(labels)))},
+                        labels={
+                            "all": tuple(sorted({finding_labels().get(label, label) for label in labels})),
+                            "findings": tuple(sorted(set(labels))),
+                        },
                     )
                 )
         return entries
