@@ -12,6 +12,7 @@
 #include "kmeans.h"
 #include "label.h"
 #include "mfcc.h"
+#include "published.h"
 #include "time_freq.h"
 
 namespace py = pybind11;
@@ -48,6 +49,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_span_attention_backward_cpu", &hubert_ecg::masked_span_attention_backward_cpu, nogil);
   m.def("conv_norm_gelu_cpu", &hubert_ecg::conv_norm_gelu_cpu, nogil);
   m.def("conv_norm_gelu_backward_cpu", &hubert_ecg::conv_norm_gelu_backward_cpu, nogil);
+  m.def("published_ring_cpu", &hubert_ecg::published_ring_cpu, nogil);
+  m.def("published_scale_cpu", &hubert_ecg::published_scale_cpu, nogil);
   py::class_<hubert_ecg::Shards>(m, "Shards", py::module_local())
       .def(py::init<const std::vector<std::string>&, const std::vector<int64_t>&, bool>(), nogil)
       .def("gather", &hubert_ecg::Shards::gather, nogil);

@@ -1,8 +1,8 @@
 """From a raw recording to what the model reads: gaps, base line, band, sampling rate, scale, length.
 
-Two behaviours, chosen by ``compat``. Both compute in float64, because the phases of long records and the offsets of
-integer recordings need it, give float32, and run on the device that holds the recording: a batch at once on a GPU,
-a record to each of torch's threads on a CPU, where it gives the same bits in any batch and on any number of threads.
+Two behaviours, chosen by ``compat``. Both compute in float64 as long as offsets, noise beyond the band or the phases of
+long records need it, give float32, and run on the device that holds the recording: a batch at once on a GPU, a record
+to each of torch's threads on a CPU, where it gives the same bits in any batch and on any number of threads.
 
 **corrected**, the default. Per lead, over the whole record:
 
@@ -48,6 +48,7 @@ import scipy.fft
 import scipy.signal
 import torch
 
+from hubert_ecg import native
 from hubert_ecg.ops._op import takes_arrays
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -72,6 +73,8 @@ _TYPICAL_PEAK = 0.5
 _SILENCE = 1e-6
 
 _PUBLISHED_BAND_HZ = (0.05, 47.0)
+
+_native_ring, _native_scale = (native.find(name, "cpu") for name in ("published_ring", "published_scale"))
 
 
 @takes_arrays("raw")
@@ -127,18 +130,21 @@ def prepare_ecg_for_inference(
     num_out, num_valid = target // factor, min(target, num_native) // factor
 
     records = raw.detach().reshape(-1, len(LEADS), raw.shape[-1])
-    out = torch.zeros(records.shape[0], len(LEADS), num_out, dtype=torch.float32, device=raw.device)
+    out = torch.empty(records.shape[0], len(LEADS), num_out, dtype=torch.float32, device=raw.device)
     # One record at a time on a CPU: it stays in cache, and batched transforms may round otherwise than single ones.
     on_cpu = raw.device.type == "cpu"
     step = 1 if on_cpu else max(1, 2**22 // records[:1].numel())
 
     def prepare(first: int) -> None:
-        part = records[first : first + step].to(torch.float64)
+        part = records[first : first + step]
         if compat == "corrected":
-            done = _corrected(part, rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize)[..., :num_out]
+            done = _corrected(
+                part.to(torch.float64), rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize
+            )[..., :num_out]
         else:
             done = _published(part, rate_hz, num_native, target // factor * factor, factor, normalize)
         out[first : first + step, :, : done.shape[-1]] = done
+        out[first : first + step, :, done.shape[-1] :] = 0
 
     _share(prepare, range(0, records.shape[0], step), torch.get_num_threads() if on_cpu else 1)
     out = out.reshape(*raw.shape[:-1], num_out)
@@ -194,7 +200,7 @@ def decimate_flattened(ecg: Any, factor: int) -> Any:
         ValueError: another shape, or fewer than 3 or ``factor`` samples in a lead.
     """
     factor = _check_decimation(ecg, factor, "decimate_flattened", 3)
-    return _decimate_flattened(ecg.detach().to(torch.float64), factor).to(torch.float32)
+    return _decimate_flattened(ecg.detach(), factor).to(torch.float32)
 
 
 @takes_arrays("ecg")
@@ -214,7 +220,7 @@ def decimate_leads(ecg: Any, factor: int) -> Any:
     """
     factor = _check_decimation(ecg, factor, "decimate_leads", 28)
     num = ecg.shape[-1] // factor * factor
-    return _decimate(ecg.detach()[..., :num].to(torch.float64), factor).to(torch.float32)
+    return _decimate(ecg.detach()[..., :num], factor).to(torch.float32)
 
 
 def _check_decimation(ecg: torch.Tensor, factor: Any, function: str, fewest: int) -> int:
@@ -500,7 +506,7 @@ def _trend(width: int, rate_hz: float, pad: int) -> tuple[torch.Tensor, torch.Te
 def _published(
     x: torch.Tensor, rate_hz: float, num_native: int, target: int, factor: int, normalize: bool
 ) -> torch.Tensor:
-    """``[B, 12, n]`` float64 -> ``[B, 12, target // factor]``: the published chain."""
+    """``[B, 12, n]`` -> ``[B, 12, target // factor]``: the published chain."""
     if rate_hz <= 2 * _PUBLISHED_BAND_HZ[1]:
         raise ValueError(
             f"prepare_ecg_for_inference: sampling_rate must be above {2 * _PUBLISHED_BAND_HZ[1]:g} Hz with "
@@ -513,21 +519,26 @@ def _published(
             f"compat='published', got {x.shape[-1]}; use compat='corrected', or pad the record"
         )
     # A missing sample spoils its whole lead in an FFT; what is left of the record gives the mean that replaces it.
-    seen = _seen(x)
-    if seen is not None:
-        seen = seen.all(-1, keepdim=True)
-        x = torch.where(seen, x, 0.0)
-    x = _resample(_published_filter(x, rate_hz), num_native)
+    ring, low, extent = _published_ring(x, len(_published_taps(rate_hz)) - 1)
+    # A sum is finite only of finite numbers.
+    if not (all_seen := math.isfinite(extent.sum())):
+        seen = torch.isfinite(extent)
+        low, extent = torch.where(seen, low, 0.0), torch.where(seen, extent, 0.0)
+    # A lead without its unit, its level and what the filter takes away loses nothing that counts in float32.
+    gain, steady = _published_gain(rate_hz, ring.shape[-1])
+    spectrum = torch.fft.rfft(ring, norm="forward").to(torch.complex64).mul_(gain.to(x.device))
+    y = torch.fft.irfft(spectrum, ring.shape[-1], norm="forward")[..., : x.shape[-1]]
+    y = _resample(y, num_native)
     if normalize:
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        x = x.sub_(low).mul_(2 / (high - low + 1e-8)).sub_(1)
-    x = x[..., :target]
-    if seen is not None:
-        others = torch.where(seen, x, 0.0).mean(-1).sum(-1) / seen.sum((1, 2)).clamp(min=1)
-        x = torch.where(seen, x, others[:, None, None])
-    if x.shape[-1] < target:
-        x = torch.nn.functional.pad(x, (0, target - x.shape[-1]))
-    return _decimate_flattened(x, factor)
+        y = _published_scale(y, extent, min(target, num_native))
+    else:
+        y = (y * extent + steady * (low + extent * ring.mean(-1, keepdim=True)))[..., :target]
+    if not all_seen:
+        others = torch.where(seen, y, 0.0).mean(-1).sum(-1) / seen.sum((1, 2)).clamp(min=1)
+        y = torch.where(seen, y, others[:, None, None])
+    if y.shape[-1] < target:
+        y = torch.nn.functional.pad(y, (0, target - y.shape[-1]))
+    return _decimate_flattened(y, factor)
 
 
 @functools.lru_cache(maxsize=16)
@@ -536,24 +547,54 @@ def _published_taps(rate_hz: float) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _published_gain(rate_hz: float, size: int) -> torch.Tensor:
-    """``|H|^2`` of the taps on a ring of ``size`` samples."""
-    return torch.from_numpy(np.abs(scipy.fft.rfft(_published_taps(rate_hz), size)) ** 2)
+def _published_gain(rate_hz: float, size: int) -> tuple[torch.Tensor, float]:
+    """``|H|^2`` of the taps on a ring of ``size`` samples, but 0 for what does not change; and that one."""
+    gain = np.abs(scipy.fft.rfft(_published_taps(rate_hz), size)) ** 2
+    steady, gain[0] = float(gain[0]), 0
+    return torch.from_numpy(gain.astype(np.float32)), steady
 
 
-def _published_filter(x: torch.Tensor, rate_hz: float) -> torch.Tensor:
-    """``scipy.signal.filtfilt(taps, 1, x)`` in one pass.
+def _published_ring(x: torch.Tensor, memory: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A ring on which a product with ``|H|^2`` is ``scipy.signal.filtfilt(taps, 1, x)`` of ``memory + 1`` taps.
 
-    Its odd padding is longer than both passes remember, so no sample of the record knows how they start, and together
-    they are a product with ``|H|^2`` on a ring: the record, what follows it, and at the end what comes before it.
+    Its odd padding is longer than both passes remember, so no sample of the record knows how they start. The record is
+    followed by what comes after it, and at the end of the ring by what comes before it.
+
+    Returns:
+        The ring of each lead less its lowest sample and divided by its extent, float64; the lowest sample; and the
+        extent, from there to the highest, which is not finite where a sample is not: there the ring is 0.
     """
-    n, memory = x.shape[-1], len(_published_taps(rate_hz)) - 1
-    head = 2 * x[..., :1] - x[..., 1 : memory + 1].flip(-1)
-    tail = 2 * x[..., -1:] - x[..., n - memory - 1 : n - 1].flip(-1)
+    n = x.shape[-1]
     size = scipy.fft.next_fast_len(n + 2 * memory, real=True)
-    ring = torch.cat([x, tail, x.new_zeros(*x.shape[:-1], size - n - 2 * memory), head], -1)
-    spectrum = torch.fft.rfft(ring) * _published_gain(rate_hz, size).to(x.device)
-    return torch.fft.irfft(spectrum, size)[..., :n]
+    if x.device.type == "cpu" and _native_ring is not None:
+        x = (x if x.dtype == torch.float32 else x.to(torch.float64)).contiguous()
+        ring = x.new_empty((*x.shape[:-1], size), dtype=torch.float64)
+        low, extent = x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float64)
+        _native_ring(x.flatten(0, 1), memory, ring.flatten(0, 1), low.flatten(), extent.flatten())
+        return ring, low, extent
+    x = x.to(torch.float64)
+    low = x.amin(-1, keepdim=True)
+    extent = x.amax(-1, keepdim=True) - low
+    # An infinite sample times 0 is not a number.
+    extent += 0 * low
+    x = torch.where(torch.isfinite(extent), (x - low) / extent.clamp(min=torch.finfo(x.dtype).tiny), 0.0)
+    first, last = x[..., :1], x[..., -1:]
+    before, after = 2 * first - x[..., 1 : memory + 1].flip(-1), 2 * last - x[..., n - memory - 1 : n - 1].flip(-1)
+    return torch.cat([x, after, first.expand(*x.shape[:-1], size - n - 2 * memory), before], -1), low, extent
+
+
+def _published_scale(y: torch.Tensor, extent: torch.Tensor, num: int) -> torch.Tensor:
+    """The first ``num`` samples of each lead, scaled so that all of ``y`` lies in [-1, 1]; float32 as ``y`` is.
+
+    ``extent`` is the unit of ``y``, in which the published 1e-8 is no part of a lead's range.
+    """
+    if y.device.type == "cpu" and _native_scale is not None:
+        out = y.new_empty((*y.shape[:-1], num))
+        _native_scale(y.flatten(0, 1), extent.flatten(), out.flatten(0, 1))
+        return out
+    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+    unit = extent.clamp(min=torch.finfo(extent.dtype).tiny)
+    return (y[..., :num] - low) * (2 * unit / ((high - low) * unit + 1e-8)).to(y.dtype) - 1
 
 
 def _forward_backward(x: torch.Tensor, response: torch.Tensor, pad: int) -> torch.Tensor:
@@ -594,6 +635,7 @@ def _decimate_flattened(x: torch.Tensor, factor: int) -> torch.Tensor:
 def _decimate(x: torch.Tensor, factor: int) -> torch.Tensor:
     if factor == 1:
         return x
+    x = x.to(torch.float64)
     if x.device.type == "cpu":
         return torch.from_numpy(scipy.signal.decimate(x.numpy(), factor).copy())
     return _forward_backward(x, *_anti_alias(factor))[..., ::factor]

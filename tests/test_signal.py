@@ -85,6 +85,44 @@ def test_published_without_decimation_is_the_whole_filtered_record():
     np.testing.assert_allclose(ours, 2 * (leads - low) / (high - low + 1e-8) - 1, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate_hz", [257, 500])
+def test_published_keeps_its_accuracy_beside_what_it_takes_away(rate_hz):
+    """Offsets, other units, steps, noise above the band and constant leads."""
+    record, t = random_record(10 * rate_hz), np.arange(10 * rate_hz) / rate_hz
+    noise, step, ramp = 1e4 * np.sin(2 * np.pi * 60 * t), 50 * (t > 5), 1e3 * t
+    constant = np.full_like(record, 3.3)
+    for hostile in (
+        record + 1e6,
+        record * 1e300,
+        record * 1e-9,
+        record + noise,
+        record + step,
+        record + ramp,
+        constant,
+    ):
+        ours = prepare_ecg_for_inference(hostile, rate_hz, compat="published")
+        np.testing.assert_allclose(ours, published(hostile, rate_hz), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate_hz", [360, 500])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
+def test_published_is_the_same_with_and_without_the_native_module(monkeypatch, rate_hz, dtype):
+    """What a GPU computes; one record has nothing to read, one misses samples, one lead is constant."""
+    batch = np.stack([random_record(4 * rate_hz + 1) for _ in range(4)]) * 1000
+    batch[3, 5] = 7
+    if dtype is not np.int16:
+        batch[1] = np.nan
+        batch[2, [0, 4, 9], [0, 77, -1]] = np.nan, np.inf, -np.inf
+    batch = batch.astype(dtype)
+    for options in ({"downsampling_factor": 1}, {"normalize": False}, {"target_length": 1503}):
+        with_it = prepare_ecg_for_inference(batch, rate_hz, compat="published", **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "_native_ring", None)
+            patched.setattr(signal, "_native_scale", None)
+            without = prepare_ecg_for_inference(batch, rate_hz, compat="published", **options)
+        np.testing.assert_allclose(with_it, without, rtol=1e-6, atol=2e-6 * max(1, np.abs(without).max()))
+
+
 @pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
 def test_published_fills_a_lead_with_a_missing_sample_with_the_mean_of_the_others(missing):
     record = random_record(5000)
@@ -118,7 +156,10 @@ def test_published_filter_is_filtfilt_up_to_the_ends(rate_hz):
     shortest = 3 * len(taps) + 1
     for num_samples in (shortest, shortest + 1, int(4.37 * rate_hz), int(10 * rate_hz) + 1):
         record = random_record(num_samples)
-        ours = signal._published_filter(torch.from_numpy(record), rate_hz)
+        ring, low, extent = signal._published_ring(torch.from_numpy(record)[None], len(taps) - 1)
+        ring = (ring * extent + low)[0]
+        gain = abs(np.fft.rfft(taps, ring.shape[-1])) ** 2
+        ours = np.fft.irfft(np.fft.rfft(ring) * gain, ring.shape[-1])[:, :num_samples]
         np.testing.assert_allclose(ours, scipy.signal.filtfilt(taps, 1, record), rtol=0, atol=1e-12)
 
 
