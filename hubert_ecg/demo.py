@@ -16,7 +16,7 @@ from hubert_ecg.train.evaluate import Assessment, assess, example, examples, ver
 # Chosen so that two cores finish within the README's time, and the comparison shows what pretraining is for.
 PRETRAIN: dict[str, Any] = {
     "size": "tiny",
-    "max_steps": 400,
+    "max_steps": 260,
     "batch_size": 32,
     "learning_rate": 2e-3,
     "mask_prob": 0.33,
@@ -28,8 +28,8 @@ FINETUNE: dict[str, Any] = {
     "patience": 0,
     "num_crops": 2,
 }
-ALL_LABELS_STEPS = 200
-FEW_LABELS_STEPS = 100
+ALL_LABELS_STEPS = 120
+FEW_LABELS_STEPS = 80
 FEW_LABELS_SHARE = 0.1
 _PREFERRED_TASKS = ("diag_superclass", "all")
 
@@ -56,7 +56,7 @@ def demo(config: DemoConfig) -> Path:
     console.rule("pretraining, without labels")
     source |= {"data_path": store.path, "dataset": store.dataset, "seed": config.seed}
     pretrained = train.pretrain(
-        PretrainConfig(**source, **PRETRAIN, output_dir=folder, num_epochs=10**6, validate_every=100, log_every=20)
+        PretrainConfig(**source, **PRETRAIN, output_dir=folder, num_epochs=10**6, validate_every=130, log_every=20)
     )
     clusters = json.loads(Path(pretrained["clusters"]).read_text())
     page: dict[str, Any] = {
