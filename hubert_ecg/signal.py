@@ -138,9 +138,7 @@ def prepare_ecg_for_inference(
     def prepare(first: int) -> None:
         part = records[first : first + step]
         if compat == "corrected":
-            done = _corrected(
-                part.to(torch.float64), rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize
-            )[..., :num_out]
+            done = _corrected(part, rate_hz, NATIVE_RATE_HZ / factor, num_native // factor, normalize)[..., :num_out]
         else:
             done = _published(part, rate_hz, num_native, target // factor * factor, factor, normalize)
         out[first : first + step, :, : done.shape[-1]] = done
@@ -271,13 +269,14 @@ def _check_count(value: Any, what: str) -> int:
 
 
 def _corrected(x: torch.Tensor, rate_hz: float, out_rate_hz: float, num_out: int, normalize: bool) -> torch.Tensor:
-    """``[B, 12, n]`` float64 -> ``[B, 12, num_out]``: band-passed, resampled and, if asked, scaled."""
+    """``[B, 12, n]`` -> ``[B, 12, num_out]``: band-passed, resampled and, if asked, scaled."""
     low_pass_hz = min(_LOW_PASS_STOP_HZ, out_rate_hz / 2, rate_hz / 2)
     if low_pass_hz * _LOW_PASS_FULL <= _HIGH_PASS_HZ[1]:
         raise ValueError(
             f"prepare_ecg_for_inference: sampling_rate and 500 / downsampling_factor must leave a band above "
             f"{_HIGH_PASS_HZ[1]} Hz, got {rate_hz:g} Hz and {out_rate_hz:g} Hz; is sampling_rate in Hz?"
         )
+    x = x.to(torch.float64)
     seen = _seen(x)
     if seen is not None:
         x = _bridge(x, seen)
@@ -519,7 +518,7 @@ def _published(
             f"compat='published', got {x.shape[-1]}; use compat='corrected', or pad the record"
         )
     # A missing sample spoils its whole lead in an FFT; what is left of the record gives the mean that replaces it.
-    ring, low, extent = _published_ring(x, len(_published_taps(rate_hz)) - 1)
+    ring, low, extent = _published_ring(x, len(taps) - 1)
     # A sum is finite only of finite numbers.
     if not (all_seen := math.isfinite(extent.sum())):
         seen = torch.isfinite(extent)
@@ -575,8 +574,6 @@ def _published_ring(x: torch.Tensor, memory: int) -> tuple[torch.Tensor, torch.T
     x = x.to(torch.float64)
     low = x.amin(-1, keepdim=True)
     extent = x.amax(-1, keepdim=True) - low
-    # An infinite sample times 0 is not a number.
-    extent += 0 * low
     x = torch.where(torch.isfinite(extent), (x - low) / extent.clamp(min=torch.finfo(x.dtype).tiny), 0.0)
     first, last = x[..., :1], x[..., -1:]
     before, after = 2 * first - x[..., 1 : memory + 1].flip(-1), 2 * last - x[..., n - memory - 1 : n - 1].flip(-1)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -205,8 +204,9 @@ def build(
         read_share = _pack(dataset, folder, settings, plan, num_workers, progress, splits_from, ranks)
     _appears(folder / MANIFEST)
     store = Store(folder)
+    store.read_share = read_share
     if progress:
-        _tell(store, read_share)
+        _tell(store)
     return store
 
 
@@ -334,8 +334,8 @@ def _pack(
     progress: bool,
     splits_from: str | Path | None,
     ranks: Ranks,
-) -> float:
-    """Packs what is not packed yet. Returns which share of this rank's work was reading files, NaN without any."""
+) -> float | None:
+    """Packs what is not packed yet. Returns which share of this rank's work was reading files, None without any."""
     entries, split_facts = split_entries(dataset, plan.get("splits"), str(splits_from))
     if progress and splits_from is not None:
         folds, patients = [entry.fold or 0 for entry in entries], [entry.patient_id for entry in entries]
@@ -373,7 +373,7 @@ def _pack(
     ranks.gather(None)
     ranks.first(lambda: _see_parts(folder, len(shards)))
     ranks.first(lambda: finish(dataset, folder, settings, plan, len(shards), split_facts))
-    return read_s / (read_s + prepare_s) if read_s else math.nan
+    return read_s / (read_s + prepare_s) if read_s else None
 
 
 def _see_parts(folder: Path, num_shards: int) -> None:
@@ -386,7 +386,7 @@ def _see_parts(folder: Path, num_shards: int) -> None:
             )
 
 
-def _tell(store: Store, read_share: float) -> None:
+def _tell(store: Store) -> None:
     """Says what was packed, and names what was not."""
     say(f"{len(store)} records in {store.path}" + (f", {len(store.skipped)} skipped:" if store.skipped else ""))
     for source, reason in store.skipped[:_SKIPPED_SHOWN]:
@@ -398,5 +398,5 @@ def _tell(store: Store, read_share: float) -> None:
         say("of them " + ", ".join(f"{name} {facts['num_records']}" for name, facts in counts.items()))
     for task, labels in store.manifest["dropped_labels"].items():
         say(f"{task}: labels of one patient alone are left out: {', '.join(labels)}")
-    if not math.isnan(read_share):
-        say(f"{read_share:.0%} of the work was reading files, the rest preparing what they hold")
+    if store.read_share is not None:
+        say(f"{store.read_share:.0%} of the work was reading files, the rest preparing what they hold")

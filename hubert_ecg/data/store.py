@@ -81,6 +81,7 @@ class Store:
         tasks: Its tasks.
         problem: "multilabel"; :meth:`problem_of` says it task by task.
         skipped: Files that could not be read, each with the reason.
+        read_share: Of the work of packing it, the share that was reading files; None where this process packed nothing.
 
     Raises:
         UserError: The folder is no store, or one that is unfinished, damaged, or of another version.
@@ -100,6 +101,7 @@ class Store:
         self.tasks: tuple[str, ...] = tuple(manifest["tasks"])
         self.problem: str = manifest["problem"]
         self.skipped: list[tuple[str, str]] = [(source, reason) for source, reason in manifest["skipped"]]
+        self.read_share: float | None = None
         self._dtype = np.dtype(settings["signal_dtype"])
         self._check()
 

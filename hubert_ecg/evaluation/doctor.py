@@ -33,12 +33,14 @@ def write_doctor(store: Store, folder: str | Path) -> dict[str, Any]:
     """Examine a store, and write ``doctor.html`` and ``doctor.json``.
 
     Returns:
-        What :func:`hubert_ecg.data.doctor.examine` found.
+        What :func:`hubert_ecg.data.doctor.examine` found, and the store's ``read_share`` where it was just packed.
 
     Raises:
         UserError: The store was packed by a version that did not look at its recordings.
     """
     found = doctor.examine(store)
+    if store.read_share is not None:
+        found["read_share"] = store.read_share
     path, picture = Path(folder) / NAME, pictures()
     examples = _examples(store, found)
     write_page(

@@ -32,7 +32,10 @@ def test_prepare_ends_with_the_report_and_doctor_makes_it_again(folder, tmp_path
     assert f"1 unreadable; see doctor.html in {store}" in said
     found = json.loads((store / "doctor.json").read_text())
     assert found["unreadable"]["files"][0]["source"] == "empty.npy"
-    assert "Duplicates (1)" in (store / "doctor.html").read_text()
+    page = (store / "doctor.html").read_text()
+    assert "Duplicates (1)" in page
+    # Known where it was packed, and there alone.
+    assert f"{100 * found.pop('read_share'):.1f} % of the work was reading files" in page
 
     (store / "doctor.json").unlink()
     assert cli.main(["doctor", "--data_path", str(store)]) == 0
