@@ -3,7 +3,7 @@
 ``python benchmarks/million.py``, with ``--num_records``, ``--crop_s`` and ``--folder`` (a disk with 30 GB left for a
 million records of 5 s). It tiles records of the synthetic cohort: packing and every stage after it see a million, but
 what is read and filtered before packing are the few that are tiled. Prints seconds and peak memory of each stage, and
-fails above the limit. Not part of ``make bench``: it takes the better part of an hour on two cores.
+fails above the limit. Not part of ``make bench``: it takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
