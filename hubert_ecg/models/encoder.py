@@ -173,14 +173,14 @@ class Attention(nn.Module):
         Returns:
             ``[B, N, H]`` or ``[B, M, H]``.
         """
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([local(part.weight) for part in parts])
-        bias = torch.cat([local(part.bias) for part in parts])
-        qkv = F.linear(entering(x, self.tensor_ranks), weight, bias).unflatten(-1, (3, -1, self.head_size))
+        parts, ranks = (self.q_proj, self.k_proj, self.v_proj), self.tensor_ranks
+        weight = torch.cat([local(part.weight, ranks) for part in parts])
+        bias = torch.cat([local(part.bias, ranks) for part in parts])
+        qkv = F.linear(entering(x, ranks), weight, bias).unflatten(-1, (3, -1, self.head_size))
         dropout = self.dropout if self.training else 0.0
-        seed = dropout_seed(dropout, x.device, self.tensor_ranks)
+        seed = dropout_seed(dropout, x.device, ranks)
         y = masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout, seed=seed)
-        return summed(y.flatten(-2), self.out_proj, self.tensor_ranks)
+        return summed(y.flatten(-2), self.out_proj, ranks)
 
     def split(self, ranks: TensorRanks) -> None:
         """Keep the heads of this process."""
@@ -200,10 +200,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, H]`` to ``[B, N, H]``."""
-        first, dropout = self.intermediate_dense, self.dropout if self.training else 0.0
-        seed = dropout_seed(dropout, x.device, self.tensor_ranks)
-        x = F.linear(entering(x, self.tensor_ranks), local(first.weight))
-        return summed(bias_gelu(x, local(first.bias), dropout, seed), self.output_dense, self.tensor_ranks)
+        first, ranks, dropout = self.intermediate_dense, self.tensor_ranks, self.dropout if self.training else 0.0
+        seed = dropout_seed(dropout, x.device, ranks)
+        x = F.linear(entering(x, ranks), local(first.weight, ranks))
+        return summed(bias_gelu(x, local(first.bias, ranks), dropout, seed), self.output_dense, ranks)
 
     def split(self, ranks: TensorRanks) -> None:
         """Keep the part of this process."""

@@ -51,16 +51,16 @@ def entering(x: Tensor, ranks: TensorRanks | None) -> Tensor:
     return x if ranks is None else _Entering.apply(x, ranks.mesh)
 
 
-def local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this process holds: all of it, unless the parameter is split."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def local(parameter: Any, ranks: TensorRanks | None) -> Tensor:
+    """The part of a split parameter that this process holds; all of it where nothing is split."""
+    return parameter if ranks is None else parameter.to_local()
 
 
 def summed(x: Tensor, linear: nn.Linear, ranks: TensorRanks | None) -> Tensor:
     """``linear(x)``, where each process has some columns of ``x`` and those of the weight."""
     if ranks is None:
         return linear(x)
-    y = _Leaving.apply(F.linear(x, local(linear.weight)), ranks.mesh)
+    y = _Leaving.apply(F.linear(x, local(linear.weight, ranks)), ranks.mesh)
     return y + linear.bias.to(y.dtype)
 
 

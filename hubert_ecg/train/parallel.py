@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hubert_ecg.config import FinetuneConfig, PretrainConfig, UserError
 from hubert_ecg.models.encoder import Attention, EncoderLayer, FeedForward
-from hubert_ecg.models.tensor_ranks import TensorRanks, local
+from hubert_ecg.models.tensor_ranks import TensorRanks
 from hubert_ecg.train.distributed import add_up, num_ranks, rank
 from hubert_ecg.train.gradients import GradientSum
 from hubert_ecg.train.objective import Objective
@@ -92,7 +92,7 @@ class Parallel:
         for (mesh, _), group in groups.items():
             # What is not split is on every tensor rank, and counts once.
             copies = self.tensor_ranks if mesh.ndim == 1 else 1
-            square += nn.utils.get_total_norm([local(p.grad) for p in group if p.grad is not None]) ** 2 / copies
+            square += nn.utils.get_total_norm([_here(p.grad) for p in group if p.grad is not None]) ** 2 / copies
         norm = add_up(square).sqrt()
         for group in groups.values():
             nn.utils.clip_grads_with_norm_(group, max_norm or math.inf, norm)
@@ -208,5 +208,10 @@ def laid_out(whole: Tensor, like: Tensor) -> Tensor:
             parts = part.chunk(mesh.size(axis), dim)
             part = parts[number] if number < len(parts) else part.narrow(dim, 0, 0)
     laid = torch.zeros_like(like, dtype=whole.dtype)
-    local(laid).copy_(part)
+    _here(laid).copy_(part)
     return laid
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds; all of an ordinary one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

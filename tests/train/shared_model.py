@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import sys
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 
 from hubert_ecg.config import FinetuneConfig
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining, save_file
+from hubert_ecg.models.hubert_ecg import Backbone
 from hubert_ecg.train import distributed, machine
 from hubert_ecg.train.loop import Loop
 from hubert_ecg.train.objective import Objective
@@ -106,7 +109,15 @@ def run(folder: str, stop_before=None, shape=None, resume_from=None, validate_fi
         resume=resume_from is not None,
         **{**fields, **settings},
     )
-    with distributed.ranks("cpu", config.tensor_ranks) as (device, rank, _):
+    with contextlib.ExitStack() as stack:
+        device, rank, _ = stack.enter_context(distributed.ranks("cpu", config.tensor_ranks))
+        if config.compile:
+            # The default backend's code takes a compiler and a minute; what it computes is for its makers to test.
+            compiled = functools.partialmethod(Backbone.compile_layers, backend="aot_eager")
+            stack.enter_context(unittest.mock.patch.object(Backbone, "compile_layers", compiled))
+            # The compiler warns of what it does itself, and hides that from users alone.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
         config = dataclasses.replace(config, batch_size=GLOBAL_BATCH // distributed.num_data_ranks())
         with distributed.rank_0_first():
             if rank == 0 and resume_from is not None:

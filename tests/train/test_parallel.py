@@ -51,6 +51,8 @@ def runs(tmp_path_factory, processes) -> Path:
         "one_to_fsdp": FSDP | {"resume_from": str(folder / "stopped_one")},
         "dropout": TENSOR | {"shape": {"hidden_dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2}},
         "bfloat16": FSDP | {"precision": "bfloat16"},
+        "compiled_fsdp": FSDP | {"compile": True},
+        "compiled_tensor": TENSOR | {"compile": True},
     }
     launch(processes, 2, folder, jobs)
     return folder
@@ -117,6 +119,11 @@ def test_four_ranks_share_and_go_on_from_the_checkpoint_of_two(processes, runs, 
     launch(processes, 4, tmp_path, jobs)
     for name in jobs:
         assert_same_model(runs / "one", tmp_path / name)
+
+
+@pytest.mark.parametrize("how", ["compiled_fsdp", "compiled_tensor"])
+def test_compiled_layers_may_be_shared(runs, how):
+    assert_same_model(runs / "one", runs / how, rtol=1e-3, atol=1e-4)
 
 
 def test_layers_in_half_precision_learn_the_same(runs):
