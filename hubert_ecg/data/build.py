@@ -236,10 +236,10 @@ def _begun(folder: Path, plan: dict[str, Any]) -> bool:
     """Begins a store, or goes on with the one that was begun here. Returns whether it is finished already."""
     if (folder / MANIFEST).is_file():
         return True
-    begun = folder / BUILDING
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != plan:
+    begun, text = folder / BUILDING, json.dumps(plan, indent=1)
+    if begun.is_file() and begun.read_text(encoding="utf-8") != text:
         raise UserError(f"{folder} holds an unfinished store of other data or settings: delete it, or choose a new one")
-    write_text(begun, json.dumps(plan, indent=1))
+    write_text(begun, text)
     (folder / SHARDS).mkdir(exist_ok=True)
     return False
 

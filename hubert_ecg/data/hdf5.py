@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from hubert_ecg.config import UserError
-from hubert_ecg.data.npy import RATE_NAMES, check_claim, rows_are_leads, signal_name
+from hubert_ecg.data.npy import check_claim, from_array, signal_name
 from hubert_ecg.data.record import Record
+
+# Values beside a signal that say something of it, a lead each at most.
+_FEW = 64
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Record:
-    """Read an HDF5 file; a rate among its attributes wins.
+    """Read an HDF5 file; a rate, leads and units among its attributes and small datasets win.
 
     Raises:
         ValueError: No dataset of these leads is found, or there are several.
@@ -28,13 +29,14 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
         arrays = {
             name: item for name, item in file.items() if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf"
         }
-        item = arrays[signal_name({name: item.ndim for name, item in arrays.items()}, "hdf5.read")]
+        name = signal_name({name: item.ndim for name, item in arrays.items()}, "hdf5.read")
+        item = arrays[name]
         if item.ndim == 3:
             raise ValueError(f"hdf5.read: file must hold one recording, got {item.shape[0]} in {item.name}")
-        for attributes in (file.attrs, item.attrs):
-            for name in RATE_NAMES:
-                if name in attributes:
-                    sampling_rate_hz = float(np.ravel(attributes[name])[0])
         check_claim(item.nbytes, path.stat().st_size)
-        signal = rows_are_leads(item[()], lead_names)
-    return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)
+        small = {
+            other: value[()]
+            for other, value in file.items()
+            if other != name and isinstance(value, h5py.Dataset) and value.size is not None and value.size <= _FEW
+        }
+        return from_array(item[()], {**small, **file.attrs, **item.attrs}, sampling_rate_hz, lead_names, path)

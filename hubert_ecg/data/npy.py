@@ -1,7 +1,8 @@
 """NumPy files: an array ``[n_leads, n_samples]`` in mV; which leads a .npy holds is for the caller to say.
 
-A .npz archive is read like an HDF5 file: the array ``ecg``, ``signal``, ``tracings`` or ``data``, or its only matrix;
-``fs``, ``sampling_rate`` or ``sample_rate`` and ``lead_names`` or ``leads`` beside it win over the caller.
+A .npz archive is read like HDF5 and MATLAB files: the array ``ecg``, ``signal``, ``tracings`` or ``data``, or its only
+matrix. What stands beside it wins over the caller, in upper or lower case: the rate (:data:`RATE_NAMES`), the leads
+(``lead_names``, ``leads``, ``sig_name`` or ``channels``), and the unit of all or of each (``units`` or ``unit``).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from hubert_ecg.data.record import Record
+from hubert_ecg.data.record import Record, lead_name, voltages
 
 SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
-RATE_NAMES = ("sampling_rate", "sample_rate", "fs")
-_LEADS_NAMES = ("lead_names", "leads")
+RATE_NAMES = ("sampling_rate", "sample_rate", "sampling_frequency", "fs")
+_LEADS_NAMES = ("lead_names", "leads", "sig_name", "channels")
+_UNIT_NAMES = ("units", "unit")
 
 _MAGIC = b"\x93NUMPY"
 
@@ -59,13 +61,62 @@ def read_npz(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> 
             with archive.open(item) as file:
                 ndims[item.filename.removesuffix(".npy")] = len(_claimed(file, path.stat().st_size)[0])
     with np.load(path, allow_pickle=False) as arrays:
-        array = arrays[signal_name(ndims, "npy.read_npz")]
-        for name in ndims.keys() & set(RATE_NAMES):
-            sampling_rate_hz = float(np.ravel(arrays[name])[0])
-        for name in ndims.keys() & set(_LEADS_NAMES):
-            lead_names = [str(lead) for lead in np.ravel(arrays[name])]
-    signal = rows_are_leads(array, lead_names)
-    return Record(signal, sampling_rate_hz, tuple(lead_names), record_id=path.stem, source=path.name)
+        name = signal_name(ndims, "npy.read_npz")
+        array, beside = arrays[name], {other: arrays[other] for other in ndims.keys() - {name}}
+    return from_array(array, beside, sampling_rate_hz, lead_names, path)
+
+
+def from_array(
+    array: np.ndarray,
+    beside: Mapping[str, Any],
+    sampling_rate_hz: float,
+    lead_names: Sequence[str],
+    path: Path,
+    default_unit: str = "mV",
+    **facts: Any,
+) -> Record:
+    """The recording that an array holds, with what its file states beside it.
+
+    Args:
+        array: ``[n_leads, n]`` or ``[n, n_leads]``.
+        beside: Values by name, of which those of a rate, leads and units hold.
+        sampling_rate_hz: Rate where none is stated.
+        lead_names: Leads where none are stated.
+        path: The file.
+        default_unit: The unit where none is stated.
+        **facts: Other fields of the record.
+
+    Raises:
+        ValueError: The array is not of these leads, or a unit is no voltage.
+    """
+    stated = _texts(beside, _LEADS_NAMES)
+    names = stated if any(map(lead_name, stated)) else list(lead_names)
+    units = _texts(beside, _UNIT_NAMES) or [default_unit]
+    rows = rows_are_leads(array, names)
+    if len(units) not in (1, len(rows)):
+        raise ValueError(f"from_array: units must be one or {len(rows)}, one of each lead, got {len(units)}")
+    signal, kept = voltages(rows, names, units if len(units) == len(rows) else units * len(rows))
+    return Record(signal, rate_of(beside, sampling_rate_hz), kept, record_id=path.stem, source=path.name, **facts)
+
+
+def rate_of(beside: Mapping[str, Any], default_hz: float) -> float:
+    """The rate that a file states in Hz, under one of :data:`RATE_NAMES` in upper or lower case."""
+    stated = {name.lower(): value for name, value in beside.items()}
+    return next((float(np.ravel(stated[name])[0]) for name in RATE_NAMES if name in stated), default_hz)
+
+
+def _texts(beside: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The words under the first of these names that has some, however the format nests them."""
+
+    def words(value: Any) -> list[str]:
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        if isinstance(value, str):
+            return [word.strip() for word in value.split(",")]
+        return [word for item in np.ravel(value) for word in words(item)] if isinstance(value, np.ndarray) else []
+
+    stated = {name.lower(): value for name, value in beside.items()}
+    return next((found for name in names if name in stated and (found := words(stated[name]))), [])
 
 
 def _claimed(file: Any, held: int) -> tuple[tuple[int, ...], np.dtype]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hubert_ecg.data.npy import RATE_NAMES, check_claim
+from hubert_ecg.data.npy import check_claim, rate_of
 from hubert_ecg.data.record import Record
 from hubert_ecg.data.text import from_columns
 
@@ -29,8 +29,7 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) ->
         names = file.schema_arrow.names
         facts = {key.decode(errors="replace"): value for key, value in (file.schema_arrow.metadata or {}).items()}
         table = file.read()
-    for name in facts.keys() & set(RATE_NAMES):
-        sampling_rate_hz = float(facts[name])
+    sampling_rate_hz = rate_of(facts, sampling_rate_hz)
     columns = [column.to_numpy() for column in table.columns]
     if odd := [name for name, column in zip(names, columns, strict=True) if column.dtype.kind not in "iuf"]:
         raise ValueError(f"parquet.read: columns must be numbers, got other values in {odd}")

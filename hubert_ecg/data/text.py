@@ -34,7 +34,8 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) ->
     """
     names = header(path)
     if not names:
-        raise ValueError("text.read: first line must name the leads (I II V1 ...), got other words")
+        got = "other words" if path.stat().st_size else "an empty file"
+        raise ValueError(f"text.read: first line must name the leads (I II V1 ...), got {got}")
     with open(path, encoding="utf-8-sig") as file:
         delimiter = _split(next(file))[1]
         missing = (lambda cell: float(cell.strip() or "nan")) if delimiter else None

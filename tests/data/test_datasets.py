@@ -252,6 +252,15 @@ def test_hefei_rounds_and_test_sets_keep_apart(tmp_path):
     assert (entry.record_id, entry.source) == ("hf_round1/1", "1.txt")
 
 
+def test_a_hefei_recording_that_is_cut_off(hefei):
+    folder, _ = hefei
+    path = folder / "hf_round2_train/1.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4001]))
+    dataset = open_dataset("hefei", folder)
+    with pytest.raises(ReadError, match=r"1\.txt: must hold 5000 lines of samples, got 4000"):
+        dataset.read(dataset.entries()[-1])
+
+
 def test_hefei_findings_outside_of_the_list(hefei):
     folder, _ = hefei
     (folder / "hf_round2_label.txt").write_text("1.txt\t40\tMALE\tx\n", encoding="utf-8")
@@ -307,14 +316,28 @@ def test_csv_names_of_digits_keep_their_zeros(tmp_path):
 
 
 def test_folder_takes_what_can_be_read(tmp_path):
-    for name in ("b/x.npy", "a.npy", "r.hea", "r.mat", "r.dat", "lone.mat", ".hidden.npy", "README.md"):
+    for name in (
+        "b/x.npy",
+        "a.npy",
+        "r.hea",
+        "r.mat",
+        "r.dat",
+        "r.npy",
+        "lone.mat",
+        "0.csv",
+        ".hidden.npy",
+        "README.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "ecg.txt").write_text("I II\n0 0\n")
     (tmp_path / "LICENSE.txt").write_text("No ECG\n")
     entries = open_dataset("auto", tmp_path).entries()
-    assert [entry.source for entry in entries] == ["a.npy", "ecg.txt", "lone.mat", "r.hea", "b/x.npy"]
-    assert [entry.record_id for entry in entries] == ["a", "ecg", "lone", "r", "b/x"]
+    sources = ["0.csv", "a.npy", "ecg.txt", "lone.mat", "r.hea", "r.npy", "b/x.npy"]
+    assert [entry.source for entry in entries] == [entry.record_id for entry in entries] == sources
+    (tmp_path / "r.npy").unlink()
+    entries = open_dataset("auto", tmp_path).entries()
+    assert [entry.record_id for entry in entries] == ["0", "a", "ecg", "lone", "r", "b/x"]
 
 
 def test_folder_follows_links_once(tmp_path):

@@ -256,6 +256,63 @@ def test_mat_without_or_with_many_arrays(tmp_path):
             read_record(tmp_path / f"{name}.mat")
 
 
+def write_beside(path, array, beside):
+    """An array, and what is said of it."""
+    if path.suffix == ".npz":
+        np.savez(path, ecg=array, **beside)
+    elif path.suffix == ".mat":
+        cells = {
+            key: np.array(value, dtype=object) if isinstance(value, list) else value for key, value in beside.items()
+        }
+        scipy.io.savemat(path, {"ecg": array, **cells})
+    else:
+        with h5py.File(path, "w") as file:
+            file["ecg"] = array
+            for place, (key, value) in enumerate(beside.items()):
+                # Half of it as attributes, half as datasets.
+                where = file.attrs if place % 2 else file
+                where[key] = value
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat", ".h5"])
+@pytest.mark.parametrize(
+    ("beside", "scale", "rate_hz"),
+    [
+        ({"fs": 250, "lead_names": ["V2", "avr", "II"], "units": "uV"}, 1e-3, 250),
+        ({"units": ["mV", "uV", "V"], "Fs": 400.0, "Leads": "v2, AVR, Lead II"}, [[1], [1e-3], [1e3]], 400),
+        ({"unit": "millivolts", "sig_name": ["V2", "aVR", "II"], "channels": 3}, 1, 500),
+    ],
+)
+def test_what_stands_beside_an_array_holds(tmp_path, suffix, beside, scale, rate_hz):
+    write_beside(tmp_path / f"a{suffix}", SIGNAL[:3].T, beside)
+    record = read_record(tmp_path / f"a{suffix}")
+    leads, present = record.standard_leads()
+    assert record.sampling_rate_hz == rate_hz
+    np.testing.assert_allclose(leads[[7, 3, 1]], SIGNAL[:3] * scale, rtol=1e-5)
+    assert present.sum() == 7
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat", ".h5"])
+def test_what_an_array_is_not_told_by(tmp_path, suffix):
+    """Names of no lead, and a unit of no voltage."""
+    write_beside(tmp_path / f"a{suffix}", SIGNAL, {"channels": [f"ch{i}" for i in range(12)]})
+    np.testing.assert_allclose(read_record(tmp_path / f"a{suffix}").standard_leads()[0], SIGNAL, rtol=1e-6)
+    write_beside(tmp_path / f"b{suffix}", SIGNAL, {"units": "ohm"})
+    with pytest.raises(ReadError, match="unit of lead I must be a voltage, got ohm"):
+        read_record(tmp_path / f"b{suffix}")
+    write_beside(tmp_path / f"c{suffix}", SIGNAL, {"units": ["mV", "uV"]})
+    with pytest.raises(ReadError, match="units must be one or 12, one of each lead, got 2"):
+        read_record(tmp_path / f"c{suffix}")
+
+
+@pytest.mark.parametrize("shape", [(1, 700), (700, 1)])
+def test_mat_of_one_lead(tmp_path, shape):
+    scipy.io.savemat(tmp_path / "a.mat", {"x": SIGNAL[0].reshape(shape), "fs": 250})
+    record = read_record(tmp_path / "a.mat", lead_names=["V2"])
+    assert (record.lead_names, record.sampling_rate_hz) == (("V2",), 250)
+    np.testing.assert_allclose(record.signal, SIGNAL[:1], rtol=1e-6)
+
+
 def test_hdf5(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["ecg"] = SIGNAL.astype(np.float16)

@@ -226,6 +226,19 @@ def test_a_killed_build_goes_on(tmp_path, beats, store, monkeypatch, crash):
     assert {name: data for name, data in content(folder).items() if not name.endswith(".tmp")} == content(store.path)
 
 
+@pytest.mark.parametrize("lead_names", [None, "I,II,V2"])
+def test_a_killed_build_of_files_goes_on(tmp_path, monkeypatch, lead_names):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        np.save(tmp_path / "in" / f"{name}.npy", np.random.default_rng(0).normal(size=(3 if lead_names else 12, 5000)))
+    config = PrepareConfig(tmp_path / "in", lead_names=lead_names, output_dir=tmp_path / "s", num_workers=0)
+    with monkeypatch.context() as dying:
+        dying.setattr(build, "write_shard", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build.prepare(config)
+    assert len(build.prepare(config)) == 2
+
+
 def test_an_unfinished_store_of_other_settings(tmp_path, beats, monkeypatch):
     with monkeypatch.context() as dying:
         dying.setattr(build, "_pack", lambda *args: None)

@@ -15,7 +15,7 @@ class Folder(Dataset):
     """Every readable file below a folder is one recording and one patient; there are no labels.
 
     A .mat file with a header beside it is part of a WFDB record, and so are the segments that a header lists; a .txt or
-    .csv file counts when its first line names leads.
+    .csv file counts when its first line names leads, or when it is empty, so that it is listed.
     """
 
     name = "folder"
@@ -39,8 +39,8 @@ class Folder(Dataset):
 def is_recording(path: Path) -> bool:
     if path.suffix.lower() in (".txt", ".csv"):
         try:
-            return bool(text.header(path))
+            # An empty one is listed, so that reading it says why it is skipped.
+            return path.stat().st_size == 0 or bool(text.header(path))
         except OSError:
-            # Listed, so that reading it says why it is skipped.
             return True
-    return path.suffix.lower() == ".hea" or not path.with_suffix(".hea").is_file()
+    return path.suffix.lower() != ".mat" or not path.with_suffix(".hea").is_file()

@@ -17,10 +17,11 @@ from typing import ClassVar
 from hubert_ecg.config import UserError
 from hubert_ecg.data.dataset import Dataset, Entry, number, walk
 from hubert_ecg.data.datasets.challenge import Challenge
-from hubert_ecg.data.readers import read_record
+from hubert_ecg.data.readers import ReadError, read_record
 from hubert_ecg.data.record import Record, sex_of
 
 _MV_PER_STEP = 4.88e-3
+_NUM_SAMPLES = 5000
 
 
 @functools.cache
@@ -93,6 +94,8 @@ class Hefei(Dataset):
     def read(self, entry: Entry) -> Record:
         assert entry.path is not None
         record = read_record(entry.path, sampling_rate_hz=500.0)
+        if record.signal.shape[1] != _NUM_SAMPLES:
+            raise ReadError(f"{entry.path}: must hold {_NUM_SAMPLES} lines of samples, got {record.signal.shape[1]}")
         return record.replace(signal=record.signal * _MV_PER_STEP)
 
 
