@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ def split_name(fold: int) -> str:
 
 
 def split_entries(
-    dataset: Dataset, splits: Mapping[str, int] | None = None, path: str | Path = ""
+    dataset: Dataset,
+    splits: Mapping[str, int] | None = None,
+    path: str | Path = "",
+    readable: Callable[[Entry], bool] | None = None,
 ) -> tuple[list[Entry], dict[str, Any]]:
     """The entries of a data set as they are packed: with folds, and with the labels that a model is to learn.
 
@@ -55,6 +58,8 @@ def split_entries(
         dataset: The data set.
         splits: A table of splits that holds instead of its own.
         path: The file of the table, for messages.
+        readable: Says of an entry whether it can be read; None where all can. The others need no fold, and a label
+            that only they have is none.
 
     Returns:
         The entries, and what the manifest says: where the ``folds`` come from, and ``dropped_labels`` of each task.
@@ -62,7 +67,7 @@ def split_entries(
     Raises:
         UserError: The table knows none of the records.
     """
-    given = dataset.entries()
+    given = [entry for entry in dataset.entries() if readable is None or readable(entry)]
     entries, dropped = learnable(given, dataset.synonyms, keep_lone=splits is not None)
     if splits is not None:
         folds = given_folds(splits, [entry.record_id for entry in given], [entry.source for entry in given], path)

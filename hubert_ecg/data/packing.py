@@ -204,7 +204,7 @@ def _prepared(dataset: Dataset, settings: Settings, group: list[_Read]) -> dict[
 
 def _skipped(error: Exception, dataset: Dataset, entry: Entry, read_s: float = 0.0) -> Skipped:
     reason = _without_folder(str(error), dataset).removeprefix(f"{entry.source}: ")
-    return Skipped(_as_utf8(entry.source), _as_utf8(reason), read_s)
+    return Skipped(as_utf8(entry.source), as_utf8(reason), read_s)
 
 
 def _quantise(
@@ -212,7 +212,7 @@ def _quantise(
 ) -> Result:
     signal = np.where(present[:, None], signal, np.float32(0))
     if not np.isfinite(signal).all():
-        return Skipped(_as_utf8(entry.source), "preprocessing gives values that are not finite: damaged samples?")
+        return Skipped(as_utf8(entry.source), "preprocessing gives values that are not finite: damaged samples?")
     peak = np.abs(signal).max(axis=1)
     if settings.signal_dtype == "int16":
         scale = np.where(peak > 0, peak, 1).astype(np.float32) / np.float32(np.iinfo(np.int16).max)
@@ -224,9 +224,9 @@ def _quantise(
     return Packed(
         samples,
         {
-            "record_id": _as_utf8(record.record_id),
+            "record_id": as_utf8(record.record_id),
             **({"dataset": entry.dataset} if entry.dataset else {}),
-            "source": _as_utf8(record.source),
+            "source": as_utf8(record.source),
             "source_rate_hz": record.sampling_rate_hz,
             "leads": list(record.lead_names),
             "num_samples": samples.shape[1],
@@ -251,10 +251,10 @@ def _without_folder(message: str, dataset: Dataset) -> str:
     return message.replace(f"{folder}{os.sep}", "") if folder else message
 
 
-def _as_utf8(name: str) -> str:
+def as_utf8(name: str) -> str:
     r"""A file name that is no UTF-8 with its odd bytes spelled out: the index and the manifest hold text.
 
-    >>> _as_utf8("caf\udce9.npy")
+    >>> as_utf8("caf\udce9.npy")
     'caf\\xe9.npy'
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

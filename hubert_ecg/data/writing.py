@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset
-from hubert_ecg.data.folds import split_name
-from hubert_ecg.data.packing import Packed, Result, Settings, Skipped
+from hubert_ecg.data.dataset import Dataset, Entry
+from hubert_ecg.data.folds import split_entries, split_name
+from hubert_ecg.data.packing import Packed, Result, Settings, Skipped, as_utf8
 from hubert_ecg.data.quality import LEAD_FAULTS, NUM_HASH_BYTES
 from hubert_ecg.data.store import (
     BUILDING,
@@ -124,6 +125,12 @@ def finish(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    readable = _readable(folder, num_shards)
+    dealt: dict[str, Entry] = {}
+    if readable is not None and plan.get("splits") is None:
+        # Labels were spread over records that were not read yet.
+        entries, split_facts = split_entries(dataset, readable=lambda entry: as_utf8(entry.record_id) in readable)
+        dealt = {as_utf8(entry.record_id): entry for entry in entries}
     shards, skipped, hours, num_records = [], [], 0.0, 0
     counts = dict.fromkeys(dataset.parts, 0)
     label_names: dict[str, set[str]] = {task: set() for task in dataset.tasks}
@@ -134,6 +141,8 @@ def finish(
             shards += [json.loads(part.schema.metadata[b"shard"]) for part in parts]
             skipped += [item for part in parts for item in json.loads(part.schema.metadata[b"skipped"])]
             table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
+            if dealt:
+                table = _dealt(table, dealt, dataset)
             num_records += table.num_rows
             for pair in table["dataset"].value_counts().to_pylist():
                 counts[pair["values"]] += pair["counts"]
@@ -175,6 +184,31 @@ def finish(
     for position in range(num_shards):
         part_of(folder, position).unlink()
     (folder / BUILDING).unlink()
+
+
+def _readable(folder: Path, num_shards: int) -> set[str] | None:
+    """Ids of the records of a store whose index is still in parts; None where all could be read."""
+    import pyarrow.parquet as pq
+
+    parts = [part_of(folder, position) for position in range(num_shards)]
+    if all(pq.read_schema(part).metadata[b"skipped"] == b"[]" for part in parts):
+        return None
+    return {name for part in parts for name in pq.read_table(part, columns=["record_id"])["record_id"].to_pylist()}
+
+
+def _dealt(table: pa.Table, entries: Mapping[str, Entry], dataset: Dataset) -> pa.Table:
+    """Rows of the index with the folds and the labels of these entries."""
+    import pyarrow as pa
+
+    rows = [entries[name] for name in table["record_id"].to_pylist()]
+    columns: dict[str, list[Any]] = {"fold": [entry.fold for entry in rows]}
+    for task in dataset.tasks:
+        if dataset.problem_of(task) != "regression":
+            columns[label_column(task)] = [entry.labels.get(task) for entry in rows]
+    for name, values in columns.items():
+        place, field = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.set_column(place, field, pa.array(values, field.type))
+    return table
 
 
 def _write_splits(folder: Path) -> str:

@@ -182,6 +182,31 @@ def test_a_store_says_its_splits(tmp_path, folder, capsys):
     assert again.folds.tolist() == store.folds.tolist()
 
 
+@pytest.mark.parametrize("broken", ["r0", "r2"])
+def test_labels_are_spread_over_what_can_be_read(tmp_path, folder, broken):
+    """A label of two records is in train and test, one of a single record in neither, whatever else a table names."""
+    has = {"once": {"r2", "r3"}, "twice": {"r1", "r4", broken}, "thrice": {"r5", "r6", "r7", broken}}
+    lines = [",".join([f"r{k}", *(str(int(f"r{k}" in records)) for records in has.values())]) for k in range(8)]
+    (folder / "labels.csv").write_text("filename," + ",".join(has) + "\n" + "\n".join(lines))
+    (folder / f"{broken}.npy").write_bytes(b"")
+    store = prepare(PrepareConfig(data_path=folder, output_dir=tmp_path / "s", num_workers=0), progress=False)
+    once = [] if broken == "r2" else ["once"]
+    assert store.label_names("all") == (*once, "thrice", "twice")
+    assert store.manifest["dropped_labels"] == ({"all": ["once"]} if broken == "r2" else {})
+    index = store.index
+    split_of = {name: split_name(fold) for name, fold in zip(index["record_id"], store.folds, strict=True)}
+    splits = {label: sorted(split_of[name] for name in records - {broken}) for label, records in has.items()}
+    assert splits["twice"] == ["test", "train"]
+    assert splits["thrice"] == ["test", "train", "validation"]
+    table = pd.read_csv(store.path / "splits.csv", dtype={"record_id": str})
+    assert table["fold"].tolist() == store.folds.tolist()
+    # As if what cannot be read was not there.
+    (folder / f"{broken}.npy").unlink()
+    (folder / "labels.csv").write_text((folder / "labels.csv").read_text().replace(lines[int(broken[1])] + "\n", ""))
+    other = prepare(PrepareConfig(data_path=folder, output_dir=tmp_path / "o", num_workers=0), progress=False)
+    assert (other.folds.tolist(), other.label_names("all")) == (store.folds.tolist(), store.label_names("all"))
+
+
 def test_given_splits(tmp_path, folder):
     table = tmp_path / "splits.csv"
     table.write_text("record_id,split\nr1,test\nr0,train\nr5,train\nr3,val\n")
