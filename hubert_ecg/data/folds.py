@@ -77,6 +77,8 @@ def split_entries(
         folds = []
         for name, part in dataset.parts.items():
             own = [dataset.own(entry) for entry in given if part is dataset or entry.dataset == name]
+            if not own:
+                continue
             own, _ = learnable(own, part.synonyms)
             official = all(entry.fold is not None for entry in own)
             where = "official" if official else f"by patient, labels spread evenly, seed {FOLD_SEED}"

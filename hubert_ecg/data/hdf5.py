@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.npy import check_claim, from_array, signal_name
+from hubert_ecg.data.npy import check_claim, from_array, is_stated, signal_name
 from hubert_ecg.data.record import Record
 
 # Values beside a signal that say something of it, a lead each at most.
@@ -34,9 +34,7 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
         if item.ndim == 3:
             raise ValueError(f"hdf5.read: file must hold one recording, got {item.shape[0]} in {item.name}")
         check_claim(item.nbytes, path.stat().st_size)
-        small = {
-            other: value[()]
-            for other, value in file.items()
-            if other != name and isinstance(value, h5py.Dataset) and value.size is not None and value.size <= _FEW
-        }
-        return from_array(item[()], {**small, **file.attrs, **item.attrs}, sampling_rate_hz, lead_names, path)
+        stated = [(name, file[name]) for name in filter(is_stated, file)]
+        beside = {name: of[()] for name, of in stated if isinstance(of, h5py.Dataset) and 0 < (of.size or 0) <= _FEW}
+        beside |= {name: of[name] for of in (file.attrs, item.attrs) for name in filter(is_stated, of)}
+        return from_array(item[()], beside, sampling_rate_hz, lead_names, path)

@@ -21,6 +21,7 @@ SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
 RATE_NAMES = ("sampling_rate", "sample_rate", "sampling_frequency", "fs")
 _LEADS_NAMES = ("lead_names", "leads", "sig_name", "channels")
 _UNIT_NAMES = ("units", "unit")
+_STATED = {*RATE_NAMES, *_LEADS_NAMES, *_UNIT_NAMES}
 
 _MAGIC = b"\x93NUMPY"
 
@@ -62,7 +63,7 @@ def read_npz(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> 
                 ndims[item.filename.removesuffix(".npy")] = len(_claimed(file, path.stat().st_size)[0])
     with np.load(path, allow_pickle=False) as arrays:
         name = signal_name(ndims, "npy.read_npz")
-        array, beside = arrays[name], {other: arrays[other] for other in ndims.keys() - {name}}
+        array, beside = arrays[name], {other: arrays[other] for other in filter(is_stated, ndims)}
     return from_array(array, beside, sampling_rate_hz, lead_names, path)
 
 
@@ -97,6 +98,11 @@ def from_array(
         raise ValueError(f"from_array: units must be one or {len(rows)}, one of each lead, got {len(units)}")
     signal, kept = voltages(rows, names, units if len(units) == len(rows) else units * len(rows))
     return Record(signal, rate_of(beside, sampling_rate_hz), kept, record_id=path.stem, source=path.name, **facts)
+
+
+def is_stated(name: str) -> bool:
+    """Whether what a file holds under this name says something of its recording: its rate, leads or units."""
+    return name.lower() in _STATED
 
 
 def rate_of(beside: Mapping[str, Any], default_hz: float) -> float:

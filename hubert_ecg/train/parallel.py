@@ -212,6 +212,6 @@ def laid_out(whole: Tensor, like: Tensor) -> Tensor:
     return laid
 
 
-def _here(tensor: torch.Tensor) -> torch.Tensor:
+def _here(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; all of an ordinary one."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

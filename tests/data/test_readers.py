@@ -305,6 +305,21 @@ def test_what_an_array_is_not_told_by(tmp_path, suffix):
         read_record(tmp_path / f"c{suffix}")
 
 
+def test_other_things_beside_an_array_are_not_looked_at(tmp_path):
+    """Objects, which a pickle would hold, and what is no text and no number."""
+    np.savez(tmp_path / "a.npz", ecg=SIGNAL, notes=np.array([{"a": 1}], dtype=object), fs=250)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["ecg"], file["fs"] = SIGNAL, [250.0]
+        file["leads"] = np.zeros((100, 3))
+        file["units"] = h5py.Empty("f4")
+        file.create_group("channels")
+        file.attrs["notes"] = file["ecg"].ref
+    for name in ("a.npz", "b.h5"):
+        record = read_record(tmp_path / name)
+        np.testing.assert_allclose(record.signal, SIGNAL, rtol=1e-6)
+        assert record.sampling_rate_hz == 250
+
+
 @pytest.mark.parametrize("shape", [(1, 700), (700, 1)])
 def test_mat_of_one_lead(tmp_path, shape):
     scipy.io.savemat(tmp_path / "a.mat", {"x": SIGNAL[0].reshape(shape), "fs": 250})

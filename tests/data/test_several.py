@@ -141,6 +141,19 @@ def test_the_splits_of_one_store_split_another(store, official, dealt, challenge
         open_store(store.path, dataset="csv")
 
 
+def test_nothing_is_said_of_the_folds_of_a_data_set_that_cannot_be_read(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for k in range(4):
+            np.save(tmp_path / name / f"r{k}.npy", np.random.default_rng(k).normal(size=(12, 5000)))
+            if name == "b":
+                (tmp_path / name / f"r{k}.npy").write_bytes(b"")
+        (tmp_path / name / "labels.csv").write_text("filename,A\n" + "".join(f"r{k},{k % 2}\n" for k in range(4)))
+    paths = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    store = prepare(PrepareConfig(paths, dataset="csv,csv", output_dir=tmp_path / "s", num_workers=0), progress=False)
+    assert (len(store), store.splits) == (4, "by patient, labels spread evenly, seed 0")
+
+
 def test_skipped_records_are_named_with_their_data_set(official, challenge, tmp_path):
     (official / "r1.npy").write_bytes(b"nonsense")
     (challenge / "E00002.dat").unlink()
@@ -296,6 +309,9 @@ def test_auto_gathers_recordings_beside_the_folder_of_their_table(tmp_path):
 
 
 def test_auto_refuses_recordings_beside_data_sets(official, challenge, tmp_path):
+    # A mark that somebody left is no recording.
+    (tmp_path / "data/done.txt").touch()
+    assert len(open_dataset("auto", tmp_path / "data").parts) == 2
     np.save(tmp_path / "data/x.npy", np.zeros((12, 600)))
     with pytest.raises(UserError, match=r"data holds recordings beside other data sets \(challenge in georgia, csv in"):
         open_dataset("auto", tmp_path / "data")
