@@ -268,6 +268,17 @@ def test_hefei_findings_outside_of_the_list(hefei):
         open_dataset("hefei", folder).entries()
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_of_other_separators_and_words(tmp_path, separator):
+    rows = ["filename", "AF", "SR", "ef"], ["a.npy", "yes", "True", "55.5"], ["b.npy", "No", "", "60"]
+    (tmp_path / "labels.csv").write_text(
+        "\ufeff" + "".join(separator.join(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    dataset = open_dataset("csv", tmp_path)
+    assert dataset.tasks == ("all", "ef")
+    assert [entry.labels["all"] for entry in dataset.entries()] == [("AF", "SR"), ()]
+
+
 def test_csv(tmp_path):
     (tmp_path / "labels.csv").write_text(
         "filename,patient_id,fold,age,sex,AF,SR,ef,note\n"

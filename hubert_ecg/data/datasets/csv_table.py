@@ -34,9 +34,9 @@ class CsvTable(Dataset):
 
     A table has a column ``filename`` (a path relative to the folder, or a name found once below it; the suffix may be
     left out or another), and may have ``record_id``, ``patient_id``, ``fold`` (1 to 10) or ``split`` (train,
-    validation, test), ``age`` and ``sex``. Every other column of 0 and 1 is a label of the task ``all``; a blank there
-    counts as 0. Every other column of numbers is a regression task of its own, named like the column. Columns of text
-    are left out.
+    validation, test), ``age`` and ``sex``. Every other column of 0 and 1, true and false, or yes and no is a label of
+    the task ``all``; a blank there counts as 0. Every other column of numbers is a regression task of its own, named
+    like the column. Columns of text are left out. Commas, semicolons or tabs split the columns.
     """
 
     name = "csv"
@@ -96,10 +96,11 @@ class CsvTable(Dataset):
         frames = []
         for table, split in self._tables:
             try:
-                columns = pd.read_csv(table, nrows=0).columns
+                separator = _separator(table)
+                columns = pd.read_csv(table, sep=separator, nrows=0).columns
                 # 00001 is a name and not the number 1.
                 names = [n for n in columns if n.strip().lower() in (*_COLUMNS["file"], *_COLUMNS["record_id"])]
-                frame = pd.read_csv(table, dtype=dict.fromkeys(names, str))
+                frame = pd.read_csv(table, sep=separator, dtype=dict.fromkeys(names, str))
             except (ValueError, UnicodeDecodeError) as error:
                 raise UserError(f"csv: {table} cannot be read: {error}") from error
             frames.append(frame if split is None else frame.assign(fold=fold_of(split)))
@@ -156,6 +157,13 @@ def _find_tables(folder: Path) -> list[tuple[Path, str | None]]:
     return [(tables[0], None)]
 
 
+def _separator(table: Path) -> str:
+    """What splits the columns of the first line."""
+    with open(table, encoding="utf-8-sig") as file:
+        line = file.readline()
+    return next((mark for mark in ",;\t" if mark in line), ",")
+
+
 def _is_label(column: pd.Series) -> bool:
     values = {_as_bit(value) for value in column.dropna().unique()}
     return bool(values) and values <= {0, 1}
@@ -164,7 +172,7 @@ def _is_label(column: pd.Series) -> bool:
 def _as_bit(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    return {"true": 1, "false": 0, "1": 1, "0": 0}.get(value.strip().lower(), value)
+    return {"true": 1, "false": 0, "yes": 1, "no": 0, "1": 1, "0": 0}.get(value.strip().lower(), value)
 
 
 def _name(value: Any) -> str:
