@@ -7,10 +7,11 @@ DATA ?=
 # Processes of `make test`; a file of tests stays in one.
 JOBS ?= 2
 ARGS ?=
+PARTS ?=
 
 READY := $(VENV)/ready
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu-check lint clean
 
 demo: $(READY)
 	$(VENV)/bin/hubert-ecg demo $(if $(DATA),--data_path $(DATA)) $(ARGS)
@@ -25,6 +26,11 @@ bench: $(VENV)/peers
 		--benchmark-json=build/benchmarks.json $(ARGS)
 	$(VENV)/bin/python benchmarks/rows.py compare build/benchmarks.json
 	$(VENV)/bin/python benchmarks/rows.py keep build/benchmarks.json
+
+# On a machine with a GPU, in the environment of PYTHON, which has torch, nvcc, cmake and ninja. PARTS= names some of
+# build tests memcheck racecheck features model steps.
+gpu-check:
+	$(PYTHON) .ci/gpu.py $(PARTS) $(if $(ARGS),-- $(ARGS))
 
 # What ours is timed against, beyond what the tests need.
 $(VENV)/peers: $(READY)

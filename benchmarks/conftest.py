@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from hubert_ecg.testing import torchaudio_parts
+
+from .ceilings import best_of_a_turn, finished, floor_s
 
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, metavar="N", help="at most N rounds of each race, for a quick look")
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where ours and the peers run, at sizes for it"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What does not ask for a device runs on a CPU, whatever stands beside it."""
+    if config.getoption("device") == "cpu":
+        return
+    elsewhere = [item for item in items if "device" not in item.fixturenames]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    if config.getoption("device") == "cuda":
+        machine_info["gpu"] = torch.cuda.get_device_name()
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    return torch.device(request.config.getoption("device"))
 
 
 @pytest.fixture(scope="session")
@@ -26,21 +55,13 @@ def torchaudio():
         pytest.skip(str(error))
 
 
-def best_of_a_turn(run: Callable[[], Any], turn_s: float = 0.2) -> float:
-    """Seconds of the fastest run: what ran before leaves other data in the caches, and threads that still spin."""
-    found: list[float] = []
-    while sum(found) < turn_s:
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
 @pytest.fixture
-def race(benchmark, capsys, request) -> Callable[..., dict[str, float]]:
+def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
     """``race(ours, {name: peer}, unit, count)`` times ours, then all in turns; prints and stores ratios.
 
-    A peer that is not here is the reason why, a string. ``curve=(what, x)`` makes the row a point of a plot.
+    A peer that is not here, or that memory does not hold, is the reason why, a string. ``curve=(what, x)`` makes the
+    row a point of a plot. With the bytes that must be ``moved`` at least and the ``operations`` of products in
+    ``dtype``, the row says how much of the time of ours is their floor. On a GPU it has the most memory that each took.
 
     Returns the median over the rounds of each peer's seconds over ours, of the best run in each turn; nothing where
     benchmarks are disabled.
@@ -53,13 +74,28 @@ def race(benchmark, capsys, request) -> Callable[..., dict[str, float]]:
         count: int,
         rounds: int = 5,
         curve: tuple[str, int] | None = None,
+        moved: int = 0,
+        operations: int = 0,
+        dtype: torch.dtype = torch.float32,
     ):
         rounds = min(rounds, request.config.getoption("rounds") or rounds)
-        benchmark.pedantic(ours, rounds=rounds, warmup_rounds=2)
+        benchmark.pedantic(finished(ours, device), rounds=rounds, warmup_rounds=2)
         if benchmark.disabled:
             return {}
-        runners = {"ours": ours, **{name: peer for name, peer in peers.items() if not isinstance(peer, str)}}
-        absent = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
+        runners, absent, peak_bytes = {}, {}, {}
+        for name, runner in {"ours": ours, **peers}.items():
+            if isinstance(runner, str):
+                absent[name] = runner
+                continue
+            runner = finished(runner, device)
+            try:
+                peak_bytes[name] = memory_of(runner, device)
+            except torch.cuda.OutOfMemoryError:
+                if name == "ours":
+                    raise
+                absent[name] = "does not fit the memory"
+            else:
+                runners[name] = runner
         times: dict[str, list[float]] = {name: [] for name in runners}
         for _ in range(rounds):
             for name, runner in runners.items():
@@ -75,16 +111,37 @@ def race(benchmark, capsys, request) -> Callable[..., dict[str, float]]:
         )
         if curve:
             benchmark.extra_info.update(curve=curve[0], x=curve[1])
+        if moved or operations:
+            share = floor_s(device, moved, operations, dtype) / medians["ours"]
+            benchmark.extra_info.update(moved=moved, operations=operations, share_of_floor=round(share, 3))
+        if device.type == "cuda":
+            benchmark.extra_info.update(peak_bytes=peak_bytes)
         with capsys.disabled():
             print(f"\n{request.node.name}")
             for name, median in medians.items():
                 ratio = f"  ours is {ratios[name]:.1f} times as fast" if name in ratios else ""
-                print(f"  {name:36} {1e3 * median:9.2f} ms {count / median:12,.0f} {unit}/s{ratio}")
+                gigabytes = f" {peak_bytes[name] / 1e9:6.2f} GB" if device.type == "cuda" else ""
+                print(f"  {name:36} {1e3 * median:9.2f} ms{gigabytes} {count / median:12,.0f} {unit}/s{ratio}")
             for name, reason in absent.items():
                 print(f"  {name:36} {reason}")
+            if moved or operations:
+                print(f"  of the time of ours, {100 * share:.0f} % is its floor on this device")
         return ratios
 
     return run
+
+
+def memory_of(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a run takes beyond what is there already; 0 on a CPU, where nothing counts them."""
+    if device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    finally:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """What benchmarks measured on a device, kept as rows: compared, plotted, and the README's table made from them.
 
-``python benchmarks/rows.py table``         prints the README's table from this device's rows
+``python benchmarks/rows.py table [FILE]``  prints a table of the rows in FILE: this device's processor unless given
 ``python benchmarks/rows.py compare FILE``  prints what ``--benchmark-json FILE`` measured beside this device's rows
 ``python benchmarks/rows.py keep FILE``     puts what it measured in their place, and plots the curves among them
 """
@@ -21,52 +21,87 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("hubert-ecg", "torch", "numpy", "scipy", "scikit-learn", "faiss-cpu", "kaldi-native-fbank", "librosa")
+PACKAGES = (
+    "hubert-ecg",
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "transformers",
+    "faiss-cpu",
+    "flash-kmeans",
+)
+PACKAGES += ("kaldi-native-fbank", "librosa")
 
-# Row -> what the README calls it, and the peer that it names.
-TABLE = {
-    "test_mfcc[S64-float32]": ("MFCC, 1,000 records", "torchaudio, one batched call"),
-    "test_time_freq[S64-float32]": ("time-frequency features, 1,000 records", "NumPy and SciPy"),
-    "test_against_the_separate_steps[mfcc-corrected]": ("labels of 1,000 records, K = 100", "our ops, one by one"),
+# Row -> what the table calls it, and the peer that it names: the first one that is there.
+TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "test_mfcc[S64-float32]": ("MFCC", ("torchaudio, one batched call",)),
+    "test_time_freq[S64-float32]": ("time-frequency features", ("NumPy and SciPy", "torch, reference")),
+    "test_against_the_separate_steps[mfcc-corrected]": ("labels, K = 100", ("our ops, one by one",)),
     "test_against_torchaudio_and_scikit_learn": (
-        "labels of 1,000 records, K = 100",
-        "torchaudio + scikit-learn",
+        "labels, K = 100",
+        ("torchaudio + scikit-learn", "torchaudio + torch"),
     ),
+    "test_command": ("`hubert-ecg label` of a store, K = 100", ("extract, then predict",)),
     **{
-        f"test_lloyd_iteration[{n * 1000}x{d}x{k}]": (
-            f"k-means iteration, {size} x {d}, K = {k}",
-            "the better of scikit-learn and faiss",
+        f"test_lloyd_iteration[{n}x{d}x{k}]": (
+            f"k-means iteration, {d} features, K = {k}",
+            ("the better of scikit-learn and faiss", "flash-kmeans", "torch"),
         )
-        for size, n, d, k in (("1M", 1000, 39, 100), ("200k", 200, 13, 100), ("100k", 100, 768, 500))
+        for n, d, k in (
+            (1_000_000, 39, 100),
+            (200_000, 13, 100),
+            (100_000, 768, 500),
+            (10_000_000, 39, 100),
+            (20_000_000, 13, 100),
+            (2_000_000, 768, 1000),
+        )
     },
-    "test_command_against_one_call_per_frame": (
-        "`hubert-ecg extract`, 1,000 packed records",
-        "one Kaldi call per frame",
-    ),
-    "test_loader": (
-        "random crops of 5 s, 8,192 packed records",
-        "DataLoader, a record at a time, 2 processes",
-    ),
+    "test_command_against_one_call_per_frame": ("`hubert-ecg extract` of a store", ("one Kaldi call per frame",)),
+    "test_loader": ("random crops of 5 s of a store", ("DataLoader, a record at a time, 2 processes",)),
     **{
-        f"test_prepare[{compat}-500-1000]": (f"preparing 1,000 records, {compat} form", "the published chain in SciPy")
+        f"test_prepare[{compat}-500-1000]": (f"preparing, {compat} form", ("the published chain in SciPy",))
         for compat in ("published", "corrected")
     },
     **{
-        f"test_pretrain_step[K{clusters}]": (
-            f"a step of pretraining, base model, 16 records, {clusters:,} clusters",
-            "transformers, float32",
+        f"test_pretrain_step[{name}]": (
+            f"a step of pretraining, {what} clusters",
+            ("transformers, float32", "transformers, float16"),
         )
-        for clusters in (100, 500, 1000)
+        for name, what in (
+            ("K100", "base model, 100"),
+            ("K500", "base model, 500"),
+            ("K1000", "base model, 1,000"),
+            ("small-K100", "small model, 100"),
+            ("large-K100", "large model, 100"),
+        )
     },
-    "test_codebook_loss[K1000]": ("loss over 1,000 clusters, 8 records", "broadcast cosine of all tokens"),
-    "test_attention[all_keys-dropout-float32]": ("attention with dropout, 16 records", "torch SDPA"),
-    "test_front_end": ("convolutions, 16 records", "eager PyTorch"),
-    "test_positional_conv[16]": ("positional convolution, 16 records", "eager PyTorch"),
+    "test_finetune_step": (
+        "a step of fine-tuning, base model, 71 labels",
+        ("transformers, float32", "transformers, float16"),
+    ),
+    **{f"test_inference[{batch}]": ("scores of a base model", ("transformers",)) for batch in (1, 16, 448)},
+    "test_codebook_loss[K1000]": (
+        "loss over 1,000 clusters",
+        ("broadcast cosine of all tokens", "one product of all tokens"),
+    ),
+    "test_attention[all_keys-dropout-float32-both]": ("attention with dropout, float32", ("torch SDPA",)),
+    "test_attention[spans-dropout-bfloat16-both]": (
+        "attention with dropout and key spans, bfloat16",
+        ("torch SDPA",),
+    ),
+    "test_front_end": ("convolutions", ("eager PyTorch",)),
+    "test_add_norm[dropout]": ("dropout, residual and norm", ("eager PyTorch",)),
+    "test_bias_gelu[dropout]": ("bias, GELU and dropout", ("eager PyTorch",)),
+    **{f"test_positional_conv[{batch}]": ("positional convolution", ("eager PyTorch",)) for batch in (16, 448)},
 }
 
 
-def device() -> str:
-    """The processor, its cores and the widest vectors that it has, as a file name."""
+def device(gpu: str | None = None) -> str:
+    """A GPU, or else the processor, its cores and the widest vectors that it has, as a file name."""
+    if gpu:
+        return _slug(gpu)
     model, flags = platform.machine(), set()
     if Path("/proc/cpuinfo").exists():
         text = Path("/proc/cpuinfo").read_text()
@@ -75,23 +110,26 @@ def device() -> str:
         found = re.search(r"^flags\s*:\s*(.*)", text, re.MULTILINE)
         flags = set(found[1].split()) if found else flags
     vectors = next((name for name in ("avx512f", "avx2") if name in flags), "")
-    words = f"{model} {os.cpu_count()} cores {vectors}"
+    return _slug(f"{model} {os.cpu_count()} cores {vectors}")
+
+
+def _slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def measured(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of ``--benchmark-json``."""
+def measured(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The device of a file of ``--benchmark-json``, and its rows."""
     where = {
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
-    benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-    return [
+    run = json.loads(path.read_text(encoding="utf-8"))
+    return device(run.get("machine_info", {}).get("gpu")), [
         {"name": row["name"], **{key: row["stats"][key] for key in ("median", "iqr", "rounds")}, **row["extra_info"]}
         | where
-        for row in benchmarks
+        for row in run["benchmarks"]
     ]
 
 
@@ -122,10 +160,11 @@ def compare(now: Sequence[Mapping[str, Any]], then: Sequence[Mapping[str, Any]])
         line = f"{row['name']:{width}} {_milliseconds(_seconds(row)):>9}"
         line += f" {_milliseconds(_seconds(old)) if old else '-':>9}"
         if ratios := row.get("ratio"):
-            peer = TABLE.get(row["name"], ("", ""))[1]
-            peer = peer if peer in ratios else min(ratios, key=ratios.__getitem__)
+            peer = _peer(row) or min(ratios, key=ratios.__getitem__)
             was = old.get("ratio", {}).get(peer) if old else None
             line += f"   {_ratio(ratios[peer])} ({_ratio(was) if was else '-'}) {peer}"
+        if share := row.get("share_of_floor"):
+            line += f", {100 * share:.0f} % of its time is its floor"
         lines.append(line)
     return "\n".join(lines)
 
@@ -160,15 +199,20 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table, in Markdown."""
+    """A table in Markdown."""
     named = {row["name"]: row for row in rows}
-    lines = ["| | ours | peer | | ratio |", "|---|---|---|---|---|"]
-    for name, (what, peer) in TABLE.items():
+    lines = ["| | of | ours | peer | | ratio |", "|---|---|---|---|---|---|"]
+    for name, (what, _) in TABLE.items():
         row = named.get(name, {})
-        if peer in row.get("ratio", {}):
+        if peer := _peer(row):
             ours, theirs = (f"{_milliseconds(row['median_s'][who])}" for who in ("ours", peer))
-            lines.append(f"| {what} | {ours} | {peer} | {theirs} | {_ratio(row['ratio'][peer])} |")
+            count = f"{row['count']:,} {row['unit'] if row['count'] > 1 else row['unit'].removesuffix('s')}"
+            lines.append(f"| {what} | {count} | {ours} | {peer} | {theirs} | {_ratio(row['ratio'][peer])} |")
     return "\n".join(lines)
+
+
+def _peer(row: Mapping[str, Any]) -> str | None:
+    return next((peer for peer in TABLE.get(row.get("name", ""), ("", ()))[1] if peer in row.get("ratio", {})), None)
 
 
 def _seconds(row: Mapping[str, Any]) -> float:
@@ -191,17 +235,19 @@ def _version(package: str) -> str:
 
 
 def main(command: str, *files: str) -> None:
-    if len(files) != {"table": 0, "compare": 1, "keep": 1}.get(command, -1):
+    if len(files) not in {"table": (0, 1), "compare": (1,), "keep": (1,)}.get(command, ()):
         raise SystemExit(f"usage:\n{__doc__}")
-    path = RESULTS / f"{device()}.json"
     if command == "table":
-        print(table(load(path)))
-    elif command == "compare":
+        print(table(load(Path(*files) if files else RESULTS / f"{device()}.json")))
+        return
+    name, rows = measured(Path(*files))
+    path = RESULTS / f"{name}.json"
+    if command == "compare":
         if not path.is_file():
             print(f"no rows of this device, {path.stem}: nothing to compare with")
-        print(compare(measured(Path(*files)), load(path)))
+        print(compare(rows, load(path)))
     else:
-        plot(keep(path, measured(Path(*files))), path.with_suffix(".svg"))
+        plot(keep(path, rows), path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

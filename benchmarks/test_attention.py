@@ -1,42 +1,128 @@
-"""Attention of one layer of the base model, 16 records: forward and backward, against torch's own."""
+"""Attention of one layer of the base model, forward, and with its backward, against torch's own kernels and others."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hubert_ecg import ops
-from hubert_ecg.ops import OPS
+from hubert_ecg.ops import OPS, use_backend
 from hubert_ecg.testing import assert_close
 
-B, T, H, D = 16, 93, 12, 64
+from .ceilings import precisions
+
+T, H, D = 93, 12, 64
+BATCH = {"cpu": 16, "cuda": 448}
+
+
+def forms(device, limited, dropout_p, dtype):
+    """q, k and v; ours, torch's and other attention as functions of them and of dropout; and why some are not here."""
+    random = torch.Generator(device).manual_seed(0)
+    shape = BATCH[device.type], T, H, D
+    inputs = [torch.randn(shape, generator=random, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    spans = mask = None
+    if limited:
+        # Five leads of twelve are there, of the length that seven tokens see.
+        spans = torch.tensor([[[8 * lead, 8 * lead + 7] for lead in range(5)]], device=device).expand(shape[0], -1, -1)
+        token = torch.arange(T, device=device)
+        mask = ((spans[..., :1] <= token) & (token < spans[..., 1:])).any(1)[:, None, None]
+
+    def ours(*qkv, p, backend=None):
+        if backend is None:
+            return ops.masked_span_attention(*qkv, spans, None, p)
+        with use_backend(backend):
+            return ops.masked_span_attention(*qkv, spans, None, p)
+
+    def sdpa(*qkv, p, backend=None):
+        turned = [x.transpose(1, 2) for x in qkv]
+        if backend is None:
+            return F.scaled_dot_product_attention(*turned, attn_mask=mask, dropout_p=p).transpose(1, 2)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*turned, attn_mask=mask, dropout_p=p).transpose(1, 2)
+
+    found = {"ours": ours, "torch SDPA": sdpa}
+    if device.type == "cuda":
+        table = OPS["masked_span_attention"].backends["cuda"]
+        for name in list(table)[:-1]:
+            found[f"ours, {name}"] = functools.partial(ours, backend=name)
+        for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+            found[f"torch SDPA, {backend}"] = functools.partial(sdpa, backend=getattr(SDPBackend, backend))
+        found["FlexAttention"] = "takes no dropout" if dropout_p else flex_attention(spans, shape, device)
+        found["flash-attn"] = "takes no mask of keys" if limited else flash_attention(dtype)
+    return inputs, found
+
+
+def flex_attention(spans, shape, device):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def valid(b, h, q, k):
+        return ((spans[b, :, 0] <= k) & (k < spans[b, :, 1])).any()
+
+    blocks = create_block_mask(valid, shape[0], None, T, T, device=device) if spans is not None else None
+    compiled = torch.compile(flex_attention)
+    return lambda *qkv, p: compiled(*(x.transpose(1, 2) for x in qkv), block_mask=blocks).transpose(1, 2)
+
+
+def flash_attention(dtype):
+    if dtype == torch.float32:
+        return "takes half precision alone"
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return "not here; pip install flash-attn"
+    return lambda *qkv, p: flash_attn_func(*qkv, dropout_p=p)
+
+
+def forward(attend, inputs, grad, p):
+    def run():
+        with torch.no_grad():
+            return attend(*inputs, p=p)
+
+    return run
+
+
+def with_gradients(attend, inputs, grad, p):
+    def run():
+        out = attend(*inputs, p=p)
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    return run
+
+
+# How it runs, tensors as large as q that are read and written at least, and products of queries and keys. The backward
+# reads q, k, v, the result and its gradient, writes three gradients, and computes the scores again.
+PASSES = {"forward": (forward, 4, 2), "both": (with_gradients, 12, 7)}
 
 
 @pytest.mark.benchmark(group="attention")
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["whole", "dropout"])
 @pytest.mark.parametrize("limited", [False, True], ids=["all_keys", "spans"])
-def test_attention(race, limited, dropout_p, dtype):
-    random = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(B, T, H, D, generator=random).to(dtype) for _ in range(4))
-    # Five leads of twelve are there, of the length that seven tokens see.
-    spans = torch.tensor([[[8 * lead, 8 * lead + 7] for lead in range(5)]]).expand(B, -1, -1) if limited else None
-    mask = None
-    if spans is not None:
-        token = torch.arange(T)
-        mask = ((spans[..., :1] <= token) & (token < spans[..., 1:])).any(1)[:, None, None]
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-
-    def ours(p=dropout_p):
-        out = ops.masked_span_attention(*inputs, spans, None, p)
-        return out, *torch.autograd.grad(out, inputs, grad)
-
-    def sdpa(p=dropout_p):
-        turned = (x.transpose(1, 2) for x in inputs)
-        out = F.scaled_dot_product_attention(*turned, attn_mask=mask, dropout_p=p).transpose(1, 2)
-        return out, *torch.autograd.grad(out, inputs, grad)
-
+def test_attention(race, device, limited, dropout_p, dtype, passes):
+    made, num_tensors, num_products = PASSES[passes]
+    inputs, found = forms(device, limited, dropout_p, dtype)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
     rtol, atol = OPS["masked_span_attention_backward"].tolerance[dtype]
-    assert_close(ours(0.0), sdpa(0.0), rtol=rtol, atol=atol, name="attention")
-    race(ours, {"torch SDPA": sdpa}, "records", B)
+    expected = made(found["torch SDPA"], inputs, grad, 0.0)()
+    runs: dict = {}
+    for name, attend in found.items():
+        if isinstance(attend, str):
+            runs[name] = attend
+            continue
+        try:
+            assert_close(made(attend, inputs, grad, 0.0)(), expected, rtol=rtol, atol=atol, name=name)
+            runs[name] = made(attend, inputs, grad, dropout_p)
+            runs[name]()
+        except RuntimeError as error:  # as torch says that a kernel takes no such arguments
+            if name.startswith("ours"):
+                raise
+            runs[name] = str(error).splitlines()[0]
+    # A CPU without bfloat16 computes it in float32.
+    rate = dtype if dtype in precisions(device) else torch.float32
+    size = num_tensors * inputs[0].nbytes, num_products * 2 * inputs[0].numel() * T
+    race(runs.pop("ours"), runs, "records", BATCH[device.type], moved=size[0], operations=size[1], dtype=rate)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hubert_ecg.ops import conv_norm_gelu, strided_conv
 from hubert_ecg.testing import assert_close
 
-BATCH, SAMPLES, CHANNELS = 16, 6000, 512
-GPU_BATCH = 448
+SAMPLES, CHANNELS = 6000, 512
+BATCH = {"cpu": 16, "cuda": 448}
 # Kernel and stride of the layers after the first one.
 LAYERS = [(3, 2), (3, 2), (2, 2), (2, 2)]
 
@@ -50,17 +50,15 @@ def ours_front(x, weight, gain, shift, *weights):
     return x
 
 
-def run_race(ours, eager, given, batch, device, race, dtype=None):
-    x = torch.randn(batch, SAMPLES, generator=torch.Generator().manual_seed(1)).to(device)
-    cuda = device == "cuda"
+def run_race(ours, eager, num_given, device, race):
+    batch, given = BATCH[device.type], parameters(device)[:num_given]
+    x = torch.randn(batch, SAMPLES, generator=torch.Generator(device).manual_seed(1), device=device)
+    half = device.type == "cuda"
 
     def step(function, grad):
-        with torch.autocast(device, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             y = function(x, *given)
-        gradients = torch.autograd.grad(y, given, grad)
-        if cuda:
-            torch.cuda.synchronize()
-        return y, gradients
+        return y, *torch.autograd.grad(y, given, grad.to(y.dtype))
 
     with torch.no_grad():
         like = eager(x[:1], *given)
@@ -68,27 +66,23 @@ def run_race(ours, eager, given, batch, device, race, dtype=None):
     # Each gets its gradient in the layout of its own result.
     theirs = torch.randn(batch, *like.shape[1:], generator=random, device=device) / batch
     own = theirs.transpose(1, 2).contiguous()
-    (y, gradients), (want, expected) = step(ours, own), step(eager, theirs)
-    tolerance = 1e-3 if dtype is None else 0.1
-    for name, actual, other in zip(
-        ["y", *map(str, range(len(given)))], [y, *gradients], [want.transpose(1, 2), *expected], strict=True
-    ):
+    (y, *gradients), (want, *expected) = step(ours, own), step(eager, theirs)
+    for i, (actual, other) in enumerate(zip([y, *gradients], [want.transpose(1, 2), *expected], strict=True)):
         scale = other.float().abs().max()
-        assert_close(actual.float() / scale, other.float() / scale, rtol=0, atol=tolerance, name=name)
-    race(lambda: step(ours, own), {"eager PyTorch": lambda: step(eager, theirs)}, "records", batch)
+        atol = 0.1 if half else 1e-3
+        assert_close(actual.float() / scale, other.float() / scale, rtol=0, atol=atol, name=f"result {i}")
+    peers = {"eager PyTorch": lambda: step(eager, theirs)}
+    if device.type == "cuda":
+        compiled = torch.compile(eager)
+        peers["torch.compile"] = lambda: step(compiled, theirs)
+    race(lambda: step(ours, own), peers, "records", batch)
 
 
-def test_first_layer(race):
-    run_race(ours_first, eager_first, parameters("cpu")[:3], BATCH, "cpu", race)
+@pytest.mark.benchmark(group="front end")
+def test_first_layer(race, device):
+    run_race(ours_first, eager_first, 3, device, race)
 
 
-def test_front_end(race):
-    run_race(ours_front, eager_front, parameters("cpu"), BATCH, "cpu", race)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("front", [False, True], ids=["first_layer", "front_end"])
-def test_on_a_gpu(front, race):
-    pair = (ours_front, eager_front) if front else (ours_first, eager_first)
-    given = parameters("cuda")
-    run_race(*pair, given if front else given[:3], GPU_BATCH, "cuda", race, torch.bfloat16)
+@pytest.mark.benchmark(group="front end")
+def test_front_end(race, device):
+    run_race(ours_front, eager_front, None, device, race)

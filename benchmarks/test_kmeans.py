@@ -1,7 +1,8 @@
 """One Lloyd iteration (labels, sums, counts): ours, scikit-learn's, faiss's and torch's products, on the same points.
 
 ``pytest benchmarks/test_kmeans.py`` first checks the answers, then times them in turns and prints millions of points a
-second and how many times as fast ours is. On a GPU, flash-kmeans and cuML take part where they are installed.
+second and how many times as fast ours is. With ``--device cuda``, flash-kmeans and cuML take part where they are
+installed.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ import torch
 
 from hubert_ecg import ops
 
+from .ceilings import finished, floor_s
+
 # Points, features, clusters: MFCC with and without deltas, and hidden states of the base model.
-SHAPES = [(1_000_000, 39, 100), (200_000, 13, 100), (100_000, 768, 500)]
-GPU_SHAPES = [(10_000_000, 39, 100), (2_000_000, 768, 1000)]
-CPU_PEERS = ("scikit-learn", "faiss")
+SHAPES = {
+    "cpu": [(1_000_000, 39, 100), (200_000, 13, 100), (100_000, 768, 500)],
+    "cuda": [(10_000_000, 39, 100), (20_000_000, 13, 100), (2_000_000, 768, 1000)],
+}
 ROUNDS = 3
+# Labels of these are compared with distances in float64.
+NUM_CHECKED = 5000
 # A peer's iteration is what this many more of them cost: its preparations do not count.
 MORE = 4
 
 Iterations = Callable[[int], object]
 
 
-def points_of(shape, device="cpu"):
+def points_of(shape, device):
     n, d, k = shape
     random = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, d, generator=random, device=device)
@@ -96,67 +102,69 @@ def cuml(x, centroids) -> Iterations:
     return run
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    finished(run, device)()
     return time.perf_counter() - start
 
 
-def iteration_of(run: Iterations) -> Callable[[], float]:
-    return lambda: (seconds(lambda: run(1 + MORE)) - seconds(lambda: run(1))) / MORE
+def pytest_generate_tests(metafunc):
+    shapes = SHAPES[metafunc.config.getoption("device")]
+    metafunc.parametrize("shape", shapes, ids=["x".join(map(str, shape)) for shape in shapes])
 
 
-def race(shape, device, candidates, benchmark, capsys):
-    """Checks all answers, then times all in turns; where a round of a peer's is lost in noise, it is left out."""
+@pytest.mark.benchmark(group="kmeans")
+def test_lloyd_iteration(shape, device, benchmark, capsys):
+    """All answers are checked, then all are timed in turns."""
     x, centroids = points_of(shape, device)
     labels, sums, counts = ops.kmeans_step(x, centroids)
     assert torch.equal(counts, torch.bincount(labels, minlength=len(centroids)))
-    distances = torch.cdist(x[:500].double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    assert torch.equal(labels[:500], distances.argmin(1))
+    for rows, found in zip(x[:NUM_CHECKED].split(500), labels[:NUM_CHECKED].split(500), strict=True):
+        distances = torch.cdist(rows.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        assert torch.equal(found, distances.argmin(1))
     means = (sums / counts.clamp_min(1)[:, None]).float()
     # Products in float32 miss some of the closest calls.
     missed = int((torch_products(x, centroids)[0] != labels).sum())
     assert missed <= max(4, len(x) // 5000), f"{missed} labels of torch's products differ"
-    peers = {"torch": lambda: seconds(lambda: torch_products(x, centroids))}
-    for name, (module, make) in candidates.items():
+    peers = {"torch": lambda: seconds(lambda: torch_products(x, centroids), device)}
+    for name, (module, make) in PEERS[device.type].items():
         if importlib.util.find_spec(module):
             run = make(x, centroids)
             close = np.isclose(run(1), means.cpu().numpy(), atol=1e-4)[counts.cpu().numpy() > 0]
             assert close.mean() > 0.99, f"{name} finds other centres"
-            peers[name] = iteration_of(run)
+            peers[name] = iteration_of(run, device)
 
     def ours():
         return ops.kmeans_step(x, centroids)
 
-    benchmark.pedantic(ours, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(finished(ours, device), rounds=ROUNDS, warmup_rounds=1)
     if benchmark.disabled:
         return
     times: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
     for _ in range(ROUNDS):
-        times["ours"].append(statistics.median(seconds(ours) for _ in range(3)))
+        times["ours"].append(statistics.median(seconds(ours, device) for _ in range(3)))
         for name, measure in peers.items():
             times[name].append(measure())
     median = {name: statistics.median(found) for name, found in times.items()}
-    if both := [name for name in CPU_PEERS if name in median]:
+    if both := [name for name in PEERS["cpu"] if name in median]:
         median["the better of scikit-learn and faiss"] = min(median[name] for name in both)
     ratio = {name: round(value / median["ours"], 2) for name, value in median.items() if name != "ours"}
-    benchmark.extra_info.update(unit="points", count=len(x), median_s=median, ratio=ratio)
+    floor = floor_s(device, x.nbytes, 2 * x.numel() * len(centroids), torch.float32)
+    benchmark.extra_info.update(
+        unit="points", count=len(x), median_s=median, ratio=ratio, share_of_floor=round(floor / median["ours"], 3)
+    )
     with capsys.disabled():
+        print(f"\n{shape}: of the time of ours, {100 * floor / median['ours']:.0f} % is its floor in float32", end="")
         for name, value in median.items():
             times_as_fast = f"ours is {ratio[name]:.2f} times as fast" if name in ratio else ""
             print(f"\n{shape}: {name:36} {len(x) / value / 1e6:8.2f} M points/s  {times_as_fast}", end="")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_lloyd_iteration(shape, benchmark, capsys):
-    peers = {"scikit-learn": ("sklearn", scikit_learn), "faiss": ("faiss", faiss)}
-    race(shape, "cpu", peers, benchmark, capsys)
+def iteration_of(run: Iterations, device: torch.device) -> Callable[[], float]:
+    return lambda: (seconds(lambda: run(1 + MORE), device) - seconds(lambda: run(1), device)) / MORE
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("shape", GPU_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_lloyd_iteration_on_a_gpu(shape, benchmark, capsys):
-    peers = {"flash-kmeans": ("flash_kmeans", flash_kmeans), "cuML": ("cuml", cuml)}
-    race(shape, "cuda", peers, benchmark, capsys)
+PEERS = {
+    "cpu": {"scikit-learn": ("sklearn", scikit_learn), "faiss": ("faiss", faiss)},
+    "cuda": {"flash-kmeans": ("flash_kmeans", flash_kmeans), "cuML": ("cuml", cuml)},
+}

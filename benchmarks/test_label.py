@@ -1,7 +1,8 @@
-"""Clusters of the tokens of 1,000 records: one pass against our own ops one by one, and against what people use."""
+"""Clusters of the tokens of many records: one pass against our own ops one by one, and against what people use."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -9,20 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from hubert_ecg import features, ops
+from hubert_ecg import KMeans, features, ops
+from hubert_ecg.config import ExtractConfig, LabelConfig
 from hubert_ecg.features import tokens
-from hubert_ecg.testing import assert_same_clusters, torchaudio_mfcc
+from hubert_ecg.testing import assert_same_clusters, tiled_store, torchaudio_mfcc
+from hubert_ecg.train import extract_features, write_labels
 
-NUM_RECORDS, NUM_CLUSTERS = 1000, 100
+NUM_CLUSTERS = 100
+NUM_RECORDS = {"cpu": 1000, "cuda": 50_000}
+STORED_RECORDS = {"cpu": 8192, "cuda": 100_000}
+# The answers are checked on these.
+NUM_CHECKED = 1000
 
 
 @pytest.fixture(scope="module")
-def ecg():
-    """Beats, wander and noise: [1000, 12, 500] at 100 Hz."""
-    random = torch.Generator().manual_seed(0)
-    time = torch.arange(500) / 100 + torch.rand(NUM_RECORDS, 12, 1, generator=random)
-    beats = (0.2 + torch.rand(NUM_RECORDS, 12, 1, generator=random)) * torch.exp(-(((time % 0.8) - 0.4) ** 2) / 4e-4)
-    noise = 0.03 * torch.randn(NUM_RECORDS, 12, 500, generator=random)
+def ecg(device):
+    """Beats, wander and noise: [B, 12, 500] at 100 Hz."""
+    num_records = NUM_RECORDS[device.type]
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    time = torch.arange(500, device=device) / 100 + torch.rand(num_records, 12, 1, **random)
+    beats = (0.2 + torch.rand(num_records, 12, 1, **random)) * torch.exp(-(((time % 0.8) - 0.4) ** 2) / 4e-4)
+    noise = 0.03 * torch.randn(num_records, 12, 500, **random)
     return (beats + 0.1 * torch.sin(2 * math.pi * 1.2 * time) + noise).clamp(-1, 1).contiguous()
 
 
@@ -36,31 +44,27 @@ def points_of(ecg, feature_type, compat):
 
 
 def centroids_of(points):
-    centroids = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:NUM_CLUSTERS]].clone()
+    chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:NUM_CLUSTERS]
+    centroids = points[chosen.to(points.device)].clone()
     for _ in range(5):
         sums, counts = ops.kmeans_accumulate(points, ops.kmeans_assign(points, centroids), NUM_CLUSTERS)
         centroids = (sums / counts.clamp(min=1)[:, None]).float()
     return centroids
 
 
-def check(labels, expected, ecg, feature_type, compat, points, centroids):
+def check(labels, expected, ecg, feature_type, compat, centroids):
+    ecg, points = ecg[:NUM_CHECKED], points_of(ecg[:NUM_CHECKED], feature_type, compat)
+    labels, expected = (found.flatten()[: len(points)] for found in (labels, expected))
     plan = tokens.frame_plan("benchmark", ecg, compat, 100)
     exact = unit(features.FEATURE_TYPES[feature_type](tokens.cut_frames(ecg.double(), plan))).flatten(0, 1)
     rounding = 2 * (points.double() - exact).norm(dim=1) + 1e-5
-    assert_same_clusters(labels.flatten(), expected.flatten(), exact, centroids, rounding)
+    assert_same_clusters(labels, expected, exact, centroids, rounding)
 
 
 def as_people_do(torchaudio, ecg, centroids):
-    """torchaudio's coefficients in one batched call, torchaudio's deltas, scikit-learn's normalisation and k-means."""
-    from sklearn.cluster import KMeans
-    from sklearn.preprocessing import normalize
-
+    """torchaudio's coefficients in one batched call, its deltas, and normalisation and k-means of another library."""
     plan = tokens.frame_plan("benchmark", ecg, "corrected", 100)
-    kmeans = KMeans(NUM_CLUSTERS, init=centroids.numpy(), n_init=1, max_iter=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one iteration is too few
-        kmeans.fit(centroids.numpy())
-    kmeans.cluster_centers_ = centroids.numpy().copy()
+    predict = (in_scikit_learn if ecg.device.type == "cpu" else in_torch)(centroids)
     low_hz, high_hz = plan.band_hz
 
     def slopes(x):
@@ -72,10 +76,31 @@ def as_people_do(torchaudio, ecg, centroids):
         flat = torchaudio_mfcc(torchaudio.kaldi, frames.flatten(0, 1), 100.0, low_freq=low_hz, high_freq=high_hz)
         x = flat.view(len(ecg), plan.num_frames, -1)
         first = slopes(x)
-        rows = torch.cat([x, first, slopes(first)], -1).flatten(0, 1).numpy()
-        return torch.from_numpy(kmeans.predict(normalize(rows, copy=False)).astype(np.int64))
+        return predict(torch.cat([x, first, slopes(first)], -1).flatten(0, 1))
 
     return run
+
+
+def in_scikit_learn(centroids):
+    from sklearn.cluster import KMeans
+    from sklearn.preprocessing import normalize
+
+    kmeans = KMeans(NUM_CLUSTERS, init=centroids.numpy(), n_init=1, max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one iteration is too few
+        kmeans.fit(centroids.numpy())
+    kmeans.cluster_centers_ = centroids.numpy().copy()
+    return lambda x: torch.from_numpy(kmeans.predict(normalize(x.numpy(), copy=False)).astype(np.int64))
+
+
+def in_torch(centroids):
+    half = centroids.square().sum(1) / 2
+
+    def predict(x):
+        rows = torch.nn.functional.normalize(x).split(1 << 18)
+        return torch.cat([torch.addmm(half, part, centroids.T, alpha=-1).argmin(1) for part in rows])
+
+    return predict
 
 
 @pytest.mark.benchmark(group="label")
@@ -89,22 +114,48 @@ def test_against_the_separate_steps(race, ecg, feature_type, compat):
     def one_by_one():
         return ops.kmeans_assign(points_of(ecg, feature_type, compat), centroids)
 
-    check(assign(ecg, centroids, compat=compat), one_by_one(), ecg, feature_type, compat, points, centroids)
-    scale = torch.full((NUM_RECORDS, 12), 1 / 32767)
+    del points
+    check(assign(ecg, centroids, compat=compat), one_by_one(), ecg, feature_type, compat, centroids)
+    scale = torch.full((len(ecg), 12), 1 / 32767, device=ecg.device)
     stored = (ecg / scale[..., None]).round().to(torch.int16)
     peers = {
         "our ops, one by one": one_by_one,
         "one pass over int16": lambda: assign(stored, centroids, compat=compat, scale=scale),
     }
-    race(lambda: assign(ecg, centroids, compat=compat), peers, "records", NUM_RECORDS)
+    race(lambda: assign(ecg, centroids, compat=compat), peers, "records", len(ecg), moved=ecg.nbytes)
 
 
 @pytest.mark.benchmark(group="label")
 def test_against_torchaudio_and_scikit_learn(race, torchaudio, ecg):
-    pytest.importorskip("sklearn")
-    points = points_of(ecg, "mfcc", "corrected")
-    centroids = centroids_of(points)
+    centroids = centroids_of(points_of(ecg, "mfcc", "corrected"))
     peer = as_people_do(torchaudio, ecg, centroids)
-    check(ops.mfcc_assign(ecg, centroids), peer(), ecg, "mfcc", "corrected", points, centroids)
-    peers = {"torchaudio + scikit-learn": peer}
-    race(lambda: ops.mfcc_assign(ecg, centroids), peers, "records", NUM_RECORDS)
+    check(ops.mfcc_assign(ecg, centroids), peer(), ecg, "mfcc", "corrected", centroids)
+    peers = {"torchaudio + scikit-learn" if ecg.device.type == "cpu" else "torchaudio + torch": peer}
+    race(lambda: ops.mfcc_assign(ecg, centroids), peers, "records", len(ecg), moved=ecg.nbytes)
+
+
+@pytest.mark.benchmark(group="label")
+def test_command(race, device, tmp_path):
+    """The label command, from a packed store to labels on disk, and extract with k-means over what it wrote."""
+    num_records = STORED_RECORDS[device.type]
+    store = tiled_store(tmp_path / "store", num_records, 5.0)
+    ecg = torch.from_numpy(store.gather(np.arange(64), None, 500)[0])
+    kmeans = KMeans(NUM_CLUSTERS, random_state=0, max_iter=5).fit(features.extract(ecg, "mfcc").flatten(0, 1))
+    kmeans.save(tmp_path / "kmeans.safetensors")
+    common = {"cache_dir": tmp_path / "cache", "device": device.type}
+    runs = itertools.count()
+
+    def in_one_pass():
+        named = {"kmeans_path": str(tmp_path / "kmeans.safetensors"), "name": f"run{next(runs)}"}
+        return write_labels(LabelConfig(store.path, **named, **common))[0]
+
+    def in_two_steps():
+        given = extract_features(ExtractConfig(store.path, output_path=tmp_path / f"run{next(runs)}", **common))
+        rows = given.features.reshape(-1, given.features.shape[-1])
+        return np.concatenate([kmeans.predict(part) for part in np.array_split(rows, -(-len(rows) // (1 << 20)))])
+
+    expected = kmeans.predict(features.extract(ecg, "mfcc").flatten(0, 1))
+    for name, run in (("in one pass", in_one_pass), ("in two steps", in_two_steps)):
+        same = np.asarray(run()).reshape(-1)[: len(expected)] == np.asarray(expected)
+        assert same.mean() > 0.999, f"{name}: other labels"
+    race(in_one_pass, {"extract, then predict": in_two_steps}, "records", num_records, rounds=3)

@@ -1,4 +1,4 @@
-"""MFCC of 1,000 records: ours, Kaldi's definition in torchaudio and C++, librosa, plain torch, and a memory copy."""
+"""MFCC of many records: ours, Kaldi's definition in torchaudio and C++, librosa, plain torch, and a memory copy."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hubert_ecg import ops
 from hubert_ecg.ops import OPS, mfcc_reference
 from hubert_ecg.testing import assert_close, torchaudio_mfcc
 
-NUM_RECORDS, NUM_TOKENS, NUM_MFCC = 1000, 93, 13
+NUM_TOKENS, NUM_MFCC = 93, 13
+NUM_RECORDS = {"cpu": 1000, "cuda": 50_000}
 # Samples in a frame and Hz: the three rates that models run at.
 SHAPES = [(64, 100.0), (32, 50.0), (322, 500.0)]
 
 
-def frames_of(num_samples: int, dtype: torch.dtype, num_records: int = NUM_RECORDS) -> torch.Tensor:
-    random = torch.Generator().manual_seed(0)
-    return torch.randn(num_records * NUM_TOKENS, num_samples, generator=random).to(dtype)
+def frames_of(num_samples: int, dtype: torch.dtype, num_records: int, device: torch.device) -> torch.Tensor:
+    random = torch.Generator(device).manual_seed(0)
+    return torch.randn(num_records * NUM_TOKENS, num_samples, generator=random, device=device).to(dtype)
 
 
-def matrix_form(num_samples: int, sample_rate_hz: float, dtype: torch.dtype):
+def matrix_form(num_samples: int, sample_rate_hz: float, dtype: torch.dtype, device: torch.device):
     """Mean, pre-emphasis, window and transform as one matrix: three products and a logarithm."""
-    place = (dtype, torch.device("cpu"))
-    window, bank, dct = mfcc_reference.tables(num_samples, sample_rate_hz, 20.0, 0.0, 23, NUM_MFCC, *place)
+    window, bank, dct = mfcc_reference.tables(num_samples, sample_rate_hz, 20.0, 0.0, 23, NUM_MFCC, dtype, device)
     bins = bank.shape[1]
-    centred = torch.eye(num_samples, dtype=torch.float64) - 1 / num_samples
+    centred = torch.eye(num_samples, dtype=torch.float64, device=device) - 1 / num_samples
     before = torch.cat([centred[:, :1], centred[:, :-1]], 1)
     spectrum = torch.fft.rfft((centred - 0.97 * before) * window.double(), 2 * bins)[:, :bins]
     front = torch.cat([spectrum.real, spectrum.imag], 1).to(dtype)
@@ -75,9 +75,10 @@ def librosa_mfcc(librosa, frames: torch.Tensor, sample_rate_hz: float) -> np.nda
 @pytest.mark.benchmark(group="mfcc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(("num_samples", "sample_rate_hz"), SHAPES, ids=[f"S{s}" for s, _ in SHAPES])
-def test_mfcc(race, peer, torchaudio, num_samples, sample_rate_hz, dtype):
-    frames = frames_of(num_samples, dtype)
-    product, copied = matrix_form(num_samples, sample_rate_hz, dtype), torch.empty_like(frames)
+def test_mfcc(race, peer, torchaudio, device, num_samples, sample_rate_hz, dtype):
+    num_records = NUM_RECORDS[device.type]
+    frames = frames_of(num_samples, dtype, num_records, device)
+    product, copied = matrix_form(num_samples, sample_rate_hz, dtype, device), torch.empty_like(frames)
     peers = {
         "torchaudio, one batched call": lambda: torchaudio_mfcc(torchaudio.kaldi, frames, sample_rate_hz),
         "torch, matrix form": lambda: product(frames),
@@ -89,7 +90,8 @@ def test_mfcc(race, peer, torchaudio, num_samples, sample_rate_hz, dtype):
     atol = 1e-6 if dtype == torch.float64 else 1e-3
     assert_close(ops.mfcc(few, sample_rate_hz), exact, rtol=0, atol=atol, name="ours")
     assert_close(product(few), exact, rtol=0, atol=10 * atol, name="matrix form")
-    if dtype == torch.float32 and num_samples == 64:  # the others take no float64 and no empty filters
+    # The others take no float64, no empty filters and no GPU.
+    if dtype == torch.float32 and num_samples == 64 and device.type == "cpu":
 
         def kaldi(fbank):
             found = torch.from_numpy(kaldi_native(fbank, few, sample_rate_hz))
@@ -103,14 +105,15 @@ def test_mfcc(race, peer, torchaudio, num_samples, sample_rate_hz, dtype):
 
         peers["kaldi-native-fbank"] = peer("kaldi-native-fbank", kaldi)
         peers["librosa, another definition"] = peer("librosa", in_librosa)
-    race(lambda: ops.mfcc(frames, sample_rate_hz), peers, "records", NUM_RECORDS)
+    moved = frames.nbytes * (num_samples + NUM_MFCC) // num_samples
+    race(lambda: ops.mfcc(frames, sample_rate_hz), peers, "records", num_records, moved=moved)
 
 
 @pytest.mark.benchmark(group="mfcc, batch")
 @pytest.mark.parametrize("num_records", [1, 4, 16, 64, 256, 1024, 4096])
-def test_mfcc_batch(race, torchaudio, num_records):
-    frames = frames_of(64, torch.float32, num_records)
-    product = matrix_form(64, 100.0, torch.float32)
+def test_mfcc_batch(race, torchaudio, device, num_records):
+    frames = frames_of(64, torch.float32, num_records, device)
+    product = matrix_form(64, 100.0, torch.float32, device)
     exact = torchaudio_mfcc(torchaudio.kaldi, frames[-93:].double())
     assert_close(ops.mfcc(frames)[-93:], exact, rtol=0, atol=1e-3, name="ours")
     peers = {
@@ -122,11 +125,12 @@ def test_mfcc_batch(race, torchaudio, num_records):
 
 
 @pytest.mark.benchmark(group="mfcc")
-def test_mfcc_smooth(race, torchaudio):
+def test_mfcc_smooth(race, torchaudio, device):
     """Slow waves, whose filters hold so little that every frame is computed again in float64."""
-    random = torch.Generator().manual_seed(0)
-    hz = 0.2 + 3 * torch.rand(NUM_RECORDS * NUM_TOKENS, 1, generator=random, dtype=torch.float64)
-    frames = torch.sin(2 * torch.pi * hz * torch.arange(64) / 100).float()
+    num_records = NUM_RECORDS[device.type]
+    random = torch.Generator(device).manual_seed(0)
+    hz = 0.2 + 3 * torch.rand(num_records * NUM_TOKENS, 1, generator=random, device=device, dtype=torch.float64)
+    frames = torch.sin(2 * torch.pi * hz * torch.arange(64, device=device) / 100).float()
     few = frames[:500]
     exact = torchaudio_mfcc(torchaudio.kaldi, few.double())
     assert_close(ops.mfcc(few), exact, rtol=0, atol=1e-3, name="ours")
@@ -134,4 +138,4 @@ def test_mfcc_smooth(race, torchaudio):
         "torchaudio float64, as exact": lambda: torchaudio_mfcc(torchaudio.kaldi, frames.double()),
         "torchaudio float32": lambda: torchaudio_mfcc(torchaudio.kaldi, frames),
     }
-    race(lambda: ops.mfcc(frames), peers, "records", NUM_RECORDS)
+    race(lambda: ops.mfcc(frames), peers, "records", num_records)

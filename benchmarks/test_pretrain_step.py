@@ -2,88 +2,62 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from hubert_ecg import ops
 from hubert_ecg.models import HubertECGConfig, HubertECGForPretraining
+from hubert_ecg.train.machine import autocast
+from hubert_ecg.train.throughput import training_flops
 
-BATCH, TOKENS = 16, 93
+from .published import TOKENS, Pretraining, best_precision, peers_of, step
 
-
-class Published(nn.Module):
-    """Logits of all tokens by a cosine over [B, N, K, D]; those that are masked are picked afterwards."""
-
-    def __init__(self, ours: HubertECGForPretraining, transformers):
-        super().__init__()
-        self.encoder = transformers.HubertModel(transformers.HubertConfig(**ours.config.to_dict()))
-        state = ours.state_dict()
-        heads = ("final_proj.", "label_embedding.")
-        self.encoder.load_state_dict({name: value for name, value in state.items() if not name.startswith(heads)})
-        self.project = nn.Linear(ours.config.hidden_size, ours.config.classifier_proj_size)
-        self.project.load_state_dict(ours.final_proj[0].state_dict())
-        self.codebook = nn.Parameter(state["label_embedding.0.weight"].clone())
-
-    def forward(self, ecg, labels, masked):
-        x = self.encoder(ecg.flatten(1), mask_time_indices=masked).last_hidden_state
-        logits = F.cosine_similarity(self.project(x)[:, :, None], self.codebook[None, None], dim=-1) / 0.1
-        return F.cross_entropy(logits[masked], labels[masked])
+BATCH = {"cpu": 16, "cuda": 448}
+# Size and clusters of the three published iterations, and of the other sizes where a step does not take minutes.
+CASES = {"cpu": [("base", 100), ("base", 500), ("base", 1000)]}
+CASES["cuda"] = [*CASES["cpu"], ("small", 100), ("large", 100)]
 
 
-def precisions():
-    yield "float32"
-    # Elsewhere a CPU computes bfloat16 as float32, and slower.
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield "bfloat16"
+def pytest_generate_tests(metafunc):
+    cases = CASES[metafunc.config.getoption("device")]
+    ids = [f"{'' if size == 'base' else f'{size}-'}K{clusters}" for size, clusters in cases]
+    metafunc.parametrize(("size", "num_clusters"), cases, ids=ids)
 
 
 @pytest.mark.benchmark(group="pretraining step")
-@pytest.mark.parametrize("num_clusters", [100, 500, 1000], ids=lambda clusters: f"K{clusters}")
-def test_pretrain_step(race, num_clusters):
-    transformers = pytest.importorskip("transformers")
+def test_pretrain_step(race, device, size, num_clusters):
+    pytest.importorskip("transformers")
     torch.manual_seed(0)
+    batch = BATCH[device.type]
     # All layers in each step, so that no two steps differ.
-    config = HubertECGConfig.preset("base", vocab_sizes=[num_clusters], layerdrop=0.0)
-    ours = HubertECGForPretraining(config)
-    theirs = Published(ours, transformers)
-    ecg, labels = torch.randn(BATCH, 12, 500), torch.randint(0, num_clusters, (BATCH, TOKENS))
-    mask = ops.span_mask(BATCH, TOKENS, 0.33, seed=2)
-    masked = torch.zeros(BATCH, TOKENS, dtype=torch.bool).scatter(1, mask, True)
+    ours = HubertECGForPretraining(HubertECGConfig.preset(size, vocab_sizes=[num_clusters], layerdrop=0.0)).to(device)
+    theirs = Pretraining(ours).to(device)
+    ecg = torch.randn(batch, 12, 500).to(device)
+    labels = torch.randint(0, num_clusters, (batch, TOKENS)).to(device)
+    mask = ops.span_mask(batch, TOKENS, 0.33, seed=2, device=device)
+    masked = torch.zeros(batch, TOKENS, dtype=torch.bool, device=device).scatter(1, mask, True)
 
-    def our_loss():
-        return ours(ecg, labels=labels, mask_indices=mask).loss
+    def our_loss(model=ours, records=batch):
+        return model(ecg[:records], labels=labels[:records], mask_indices=mask[:records]).loss
 
-    def their_loss():
-        return theirs(ecg, labels, masked)
-
-    def step(model, loss, precision):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        half = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-
-        def run():
-            optimizer.zero_grad()
-            with half:
-                value = loss()
-            value.backward()
-            optimizer.step()
-
-        return run
+    def their_loss(model, records=batch):
+        return model(ecg[:records], labels[:records], masked[:records])
 
     with torch.no_grad():
         # Without dropout the losses are equal: weights, mask and data are the same.
-        expected = float((theirs.eval(), their_loss())[1])
-        assert abs(float((ours.eval(), our_loss())[1]) - expected) < 1e-3 * expected
-        if "bfloat16" in precisions():
-            with torch.autocast("cpu", torch.bfloat16):
-                assert abs(float(our_loss()) - expected) < 2e-2 * expected
+        expected = float(their_loss(theirs.eval(), 8))
+        assert abs(float(our_loss(ours.eval(), 8)) - expected) < 1e-3 * expected
+        with autocast(device, best_precision(device)):
+            assert abs(float(our_loss(records=8)) - expected) < 2e-2 * expected
     ours.train()
     theirs.train()
-    best = list(precisions())[-1]
-    peers = {f"transformers, {precision}": step(theirs, their_loss, precision) for precision in precisions()}
-    if best != "float32":
-        peers["ours, float32"] = step(ours, our_loss, "float32")
-    race(step(ours, our_loss, best), peers, "records", BATCH, rounds=2)
+    peers = peers_of(ours, our_loss, theirs, their_loss)
+    best = best_precision(device)
+    if device.type == "cuda":
+        compiled = copy.deepcopy(ours)
+        compiled.compile_layers()
+        peers["ours, layers compiled"] = step(compiled, lambda: our_loss(compiled), best, fused=True)
+    operations = batch * training_flops(ours, ecg[0].numel())
+    race(step(ours, our_loss, best, fused=True), peers, "records", batch, rounds=2, operations=operations, dtype=best)

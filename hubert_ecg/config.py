@@ -224,6 +224,8 @@ class TrainConfig(_Checked):
             state too; tensor, the transformer layers too.
         tensor_ranks: Processes that share each layer with parallel tensor.
         compile: Compile each transformer layer with torch.compile.
+        deterministic: On a GPU, compute only in ways that give the same bits every time, which is slower, and stop
+            where torch has none. A CPU always does.
         activation_checkpointing: Keep no activations of transformer layers, but compute them again in the backward
             pass: slower, for records or batches that memory does not hold.
         dynamic_regularisation: Lower weight decay and dropout after a validation that is better, raise them after
@@ -247,6 +249,7 @@ class TrainConfig(_Checked):
     parallel: Parallel = "ddp"
     tensor_ranks: int = 1
     compile: bool = False
+    deterministic: bool = False
     activation_checkpointing: bool = False
     dynamic_regularisation: bool = False
     validate_every: int = 0

@@ -19,7 +19,7 @@ def rows(monkeypatch, tmp_path):
     return module
 
 
-def a_run(path, **seconds):
+def a_run(path, gpu=None, **seconds):
     """What ``--benchmark-json`` writes, of one point of a curve for each name."""
     benchmarks = [
         {
@@ -36,7 +36,8 @@ def a_run(path, **seconds):
         }
         for i, (name, ours) in enumerate(seconds.items())
     ]
-    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    machine = {"machine_info": {"gpu": gpu}} if gpu else {}
+    path.write_text(json.dumps({"benchmarks": benchmarks} | machine))
     return str(path)
 
 
@@ -52,6 +53,25 @@ def test_a_run_replaces_rows_of_its_own_names_and_draws_all(rows, tmp_path):
     assert drawn.read_bytes() == first
 
 
+def test_the_rows_of_a_gpu_are_its_own(rows, tmp_path, capsys):
+    rows.main("keep", a_run(tmp_path / "first.json", a=0.001))
+    rows.main("keep", a_run(tmp_path / "second.json", gpu="NVIDIA H100 80GB HBM3", a=0.002))
+    on_gpu = rows.RESULTS / "nvidia-h100-80gb-hbm3.json"
+    assert [row["median"] for row in rows.load(on_gpu)] == [0.002]
+    assert [row["median"] for row in rows.load(rows.RESULTS / f"{rows.device()}.json")] == [0.001]
+    run = a_run(tmp_path / "third.json", gpu="NVIDIA H100 80GB HBM3", test_front_end=0.004)
+    named = json.loads(Path(run).read_text())
+    named["benchmarks"][0]["extra_info"]["ratio"] = {"another": 3.0, "eager PyTorch": 2.0}
+    named["benchmarks"][0]["extra_info"]["median_s"] |= {"eager PyTorch": 0.008}
+    Path(run).write_text(json.dumps(named))
+    rows.main("keep", run)
+    capsys.readouterr()
+    rows.main("table", str(on_gpu))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| convolutions | 10 records | 4 ms | eager PyTorch | 8 ms | 2.0 x |"
+    ]
+
+
 def test_a_run_is_shown_beside_the_rows_before_it(rows, tmp_path, capsys):
     run = a_run(tmp_path / "first.json", a=0.001)
     rows.main("compare", run)
@@ -64,7 +84,7 @@ def test_a_run_is_shown_beside_the_rows_before_it(rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "args", [("compare",), ("keep",), ("keep", "one.json", "two.json"), ("table", "one.json"), ("",)]
+    "args", [("compare",), ("keep",), ("keep", "one.json", "two.json"), ("table", "one.json", "two.json"), ("",)]
 )
 def test_says_how_it_is_used(rows, args):
     with pytest.raises(SystemExit, match=r"(?s)^usage:.*rows.py compare FILE"):

@@ -57,7 +57,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     check_wandb(config.wandb)
     augmentations(config.augment)
     data.check_task(config.dataset, config.data_path, config.task)
-    with distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
+    same_bits = machine.same_bits(config.deterministic)
+    with same_bits, distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
         parallel.check(config)
         return _finetune(config, device)
 

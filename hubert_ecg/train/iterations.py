@@ -17,7 +17,7 @@ from hubert_ecg.files import replacing
 from hubert_ecg.models.pretrained import read_weights
 from hubert_ecg.models.shape import num_tokens
 from hubert_ecg.signal import LEADS
-from hubert_ecg.train import distributed, parallel, sharded_checkpoint
+from hubert_ecg.train import distributed, machine, parallel, sharded_checkpoint
 from hubert_ecg.train.clusters import kmeans_hash
 from hubert_ecg.train.logs import check_wandb
 from hubert_ecg.train.pretrain import train
@@ -63,7 +63,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         RunError: If the loss is not finite.
     """
     check_settings(config)
-    with distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
+    same_bits = machine.same_bits(config.deterministic)
+    with same_bits, distributed.ranks(config.device, config.tensor_ranks) as (device, _, _):
         parallel.check(config)
         if config.iterations == 1:
             return _single(open_run(config, "pretrain", device))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import torch
 
-from hubert_ecg.config import UserError
+from hubert_ecg.config import RunError, UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +55,33 @@ def dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "float16" and device.type != "cuda":
         raise UserError(f"precision: float16 needs a CUDA device, got {device.type}; use bfloat16 or float32")
     return _DTYPES[precision]
+
+
+@contextlib.contextmanager
+def same_bits(wanted: bool) -> Iterator[None]:
+    """Inside the block, where it is wanted, torch computes only in ways that give the same bits every time.
+
+    Raises:
+        RunError: Something is computed for which torch has no such way; it is named.
+    """
+    if not wanted:
+        yield
+        return
+    # cuBLAS looks at it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # That is for finding what was never written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise RunError(f"deterministic: {str(error).split(',')[0]}; leave --deterministic out") from error
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

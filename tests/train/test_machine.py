@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hubert_ecg.config import UserError
+from hubert_ecg.config import RunError, UserError
 from hubert_ecg.train import machine
 
 
@@ -35,3 +35,16 @@ def test_precision_follows_the_device():
         machine.dtype("float16", cpu)
     with pytest.raises(UserError, match="precision: must be auto"):
         machine.dtype("int8", cpu)
+
+
+def test_what_gives_other_bits_each_time_is_refused_where_the_same_are_wanted(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with machine.same_bits(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    values, index = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    # Which of the values stays, torch leaves open, also on a CPU.
+    with pytest.raises(RunError, match=r"^deterministic: put_.*; leave --deterministic out$"), machine.same_bits(True):
+        values.put_(index, values)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="another"), machine.same_bits(True):
+        raise RuntimeError("another")

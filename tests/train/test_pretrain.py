@@ -139,6 +139,24 @@ def test_a_run_killed_at_a_random_moment_continues_bit_for_bit(processes, straig
     assert_same_run(tmp_path, straight[0])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_deterministic_run_on_a_gpu_repeats_and_continues_bit_for_bit(cohort, tmp_path, precision):
+    fields = {"device": "cuda:0", "precision": precision, "deterministic": True}
+    for name in ("a", "b"):
+        train.pretrain(settings(tmp_path / name, cohort.path, **fields))
+    with stopped(MaskedPrediction, lambda _, step: step == 7):
+        train.pretrain(settings(tmp_path / "c", cohort.path, **fields))
+    train.pretrain(settings(tmp_path / "c", cohort.path, resume=True, **fields))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_cpu_is_deterministic_anyway(straight, tmp_path, cohort_path):
+    train.pretrain(settings(tmp_path, cohort_path, deterministic=True))
+    assert_same_run(straight[0], tmp_path)
+
+
 def test_clusters_are_those_of_the_fitted_features(cohort, tmp_path):
     run = open_run(settings(tmp_path, cohort.path), "pretrain", CPU)
     (kmeans,) = find_targets(run)

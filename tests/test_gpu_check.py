@@ -1,0 +1,70 @@
+"""What runs the checks on a GPU tells what failed and what took too long, and goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    path = Path(__file__).resolve().parents[1] / ".ci" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_part_is_said_with_its_outcome(gpu, monkeypatch, capsys):
+    heard = []
+    parts = {
+        "build": heard.append,
+        "fails": lambda more: gpu.run([sys.executable, "-c", "raise SystemExit(3)"]),
+        "late": lambda more: gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    start = time.monotonic()
+    assert gpu.main("build", "fails", "late", "--", "-k", "mfcc") == 1
+    assert time.monotonic() - start < 30
+    assert heard == [["-k", "mfcc"]]
+    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if " s  " in line]
+    assert [(name, outcome) for name, _, _, outcome in lines] == [
+        ("build", "passed"),
+        ("fails", "failed, exit code 3"),
+        ("late", "stopped after 8 minutes"),
+    ]
+    assert gpu.main("build") == 0
+
+
+def test_nothing_follows_a_build_that_failed(gpu, monkeypatch):
+    def fail(more):
+        raise subprocess.CalledProcessError(1, ["pip"])
+
+    monkeypatch.setattr(gpu, "PARTS", {"build": fail, "tests": lambda more: pytest.fail("it went on")})
+    assert gpu.main() == 1
+
+
+def test_what_was_measured_until_it_was_stopped_is_written(gpu, tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n\ndef test_quick(benchmark):\n    benchmark(len, [])\n\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", tmp_path]
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.run([*command, "--benchmark-json", found], 10)
+    assert "test_quick" in found.read_text()
+
+
+def test_a_part_that_does_not_exist_is_named(gpu):
+    with pytest.raises(SystemExit, match="benchmarks is no part; parts are build, tests, memcheck"):
+        gpu.main("benchmarks")
+
+
+def test_parts_name_benchmarks_that_are_there(gpu):
+    for stem in (*gpu.FEATURES, *gpu.MODEL, *gpu.STEPS):
+        assert (gpu.ROOT / "benchmarks" / f"test_{stem}.py").is_file(), stem
