@@ -77,7 +77,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return operations / best_of_a_turn(run)
 
 
-def floor_s(device: torch.device, moved: int, operations: int, dtype: torch.dtype) -> float:
+def floor_s(device: torch.device, moved: float, operations: float, dtype: torch.dtype) -> float:
     """Seconds that so many bytes, and so many operations in this dtype, take at least."""
     return max(
         moved / copy_rate(device) if moved else 0.0, operations / product_rate(device, dtype) if operations else 0.0

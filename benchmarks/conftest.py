@@ -74,8 +74,8 @@ def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
         count: int,
         rounds: int = 5,
         curve: tuple[str, int] | None = None,
-        moved: int = 0,
-        operations: int = 0,
+        moved: float = 0,
+        operations: float = 0,
         dtype: torch.dtype = torch.float32,
     ):
         rounds = min(rounds, request.config.getoption("rounds") or rounds)

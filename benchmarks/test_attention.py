@@ -20,7 +20,7 @@ BATCH = {"cpu": 16, "cuda": 448}
 
 
 def forms(device, limited, dropout_p, dtype):
-    """q, k and v; ours, torch's and other attention as functions of them and of dropout; and why some are not here."""
+    """q, k and v; attention of ours, torch and others, or why it is not here; and the share of keys that are valid."""
     random = torch.Generator(device).manual_seed(0)
     shape = BATCH[device.type], T, H, D
     inputs = [torch.randn(shape, generator=random, device=device).to(dtype).requires_grad_() for _ in range(3)]
@@ -53,7 +53,7 @@ def forms(device, limited, dropout_p, dtype):
             found[f"torch SDPA, {backend}"] = functools.partial(sdpa, backend=getattr(SDPBackend, backend))
         found["FlexAttention"] = "takes no dropout" if dropout_p else flex_attention(spans, shape, device)
         found["flash-attn"] = "takes no mask of keys" if limited else flash_attention(dtype)
-    return inputs, found
+    return inputs, found, 1.0 if mask is None else float(mask.float().mean())
 
 
 def flex_attention(spans, shape, device):
@@ -93,9 +93,10 @@ def with_gradients(attend, inputs, grad, p):
     return run
 
 
-# How it runs, tensors as large as q that are read and written at least, and products of queries and keys. The backward
-# reads q, k, v, the result and its gradient, writes three gradients, and computes the scores again.
-PASSES = {"forward": (forward, 4, 2), "both": (with_gradients, 12, 7)}
+# How it runs; tensors as large as q that are read and written at least, whole ones and those of which only valid keys
+# are needed; and products of queries and keys. The backward reads q, k, v, the result and its gradient, writes three
+# gradients, and computes the scores again.
+PASSES = {"forward": (forward, 2, 2, 2), "both": (with_gradients, 8, 4, 7)}
 
 
 @pytest.mark.benchmark(group="attention")
@@ -104,8 +105,8 @@ PASSES = {"forward": (forward, 4, 2), "both": (with_gradients, 12, 7)}
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["whole", "dropout"])
 @pytest.mark.parametrize("limited", [False, True], ids=["all_keys", "spans"])
 def test_attention(race, device, limited, dropout_p, dtype, passes):
-    made, num_tensors, num_products = PASSES[passes]
-    inputs, found = forms(device, limited, dropout_p, dtype)
+    made, num_whole, num_of_keys, num_products = PASSES[passes]
+    inputs, found, share = forms(device, limited, dropout_p, dtype)
     grad = torch.randn(inputs[0].shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
     rtol, atol = OPS["masked_span_attention_backward"].tolerance[dtype]
     expected = made(found["torch SDPA"], inputs, grad, 0.0)()
@@ -124,5 +125,6 @@ def test_attention(race, device, limited, dropout_p, dtype, passes):
             runs[name] = str(error).splitlines()[0]
     # A CPU without bfloat16 computes it in float32.
     rate = dtype if dtype in precisions(device) else torch.float32
-    size = num_tensors * inputs[0].nbytes, num_products * 2 * inputs[0].numel() * T
-    race(runs.pop("ours"), runs, "records", BATCH[device.type], moved=size[0], operations=size[1], dtype=rate)
+    moved = (num_whole + share * num_of_keys) * inputs[0].nbytes
+    operations = share * num_products * 2 * inputs[0].numel() * T
+    race(runs.pop("ours"), runs, "records", BATCH[device.type], moved=moved, operations=operations, dtype=rate)
