@@ -37,6 +37,21 @@ def test_from_the_same_start_it_ends_where_scikit_learn_ends(dtype, normalize, o
     np.testing.assert_array_equal(ours.predict(x), ours.labels_)
 
 
+@pytest.mark.parametrize("kind", ["normal", "uniform", "correlated"])
+def test_rounding_of_float32_decides_nothing(kind):
+    """Points without structure, where many are almost equally near to two centres, for as long as iterations go on."""
+    random = np.random.default_rng(5)
+    for num_points, width, k in ((12000, 20, 35), (6000, 19, 23), (9863, 39, 39)):
+        x = random.uniform(size=(num_points, width)) if kind == "uniform" else random.normal(size=(num_points, width))
+        if kind == "correlated":
+            x = x @ random.normal(size=(width, width))
+        x = x.astype(np.float32)
+        ours = KMeans(k, init=x[:k], normalize=False, max_iter=300).fit(x)
+        exact = x.astype(np.float64)
+        theirs = cluster.KMeans(k, init=exact[:k], n_init=1, algorithm="lloyd", max_iter=300).fit(exact)
+        assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-5)
+
+
 def test_weights_count_as_repetitions():
     x, times = blobs(400, 5, 4, dtype=np.float64), np.random.default_rng(1).integers(0, 4, size=400)
     start = x[:4]
