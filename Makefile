@@ -28,7 +28,7 @@ bench: $(VENV)/peers
 	$(VENV)/bin/python benchmarks/rows.py keep build/benchmarks.json
 
 # On a machine with a GPU, in the environment of PYTHON, which has torch, nvcc, cmake and ninja. PARTS= names some of
-# build tests memcheck racecheck features model steps.
+# build cuda tests features model steps use memcheck racecheck.
 gpu-check:
 	$(PYTHON) .ci/gpu.py $(PARTS) $(if $(ARGS),-- $(ARGS))
 

@@ -6,12 +6,14 @@ Takes the Python that it runs in, whose torch finds a CUDA device, and nvcc, cma
 installs nothing but this checkout. All parts run in their order, or those that are named:
 
     build       compiles C++ and CUDA, and installs the package in place, without its dependencies
+    cuda        the tests that need a GPU
     tests       the whole suite, which fails where it finds no CUDA device
-    memcheck    compute-sanitizer looks for accesses out of bounds, in small cases of every kernel
-    racecheck   and for races in shared memory
     features    benchmarks: ceilings of the device, features, labels, k-means
     model       benchmarks: attention, convolutions, norms, loss
-    steps       benchmarks: steps of pretraining and fine-tuning, inference, the label command
+    steps       benchmarks: steps of pretraining and fine-tuning
+    use         benchmarks: inference, padding, the label command
+    memcheck    compute-sanitizer looks for accesses out of bounds, in small cases of every kernel
+    racecheck   and for races in shared memory
 
 Each part is stopped after eight minutes. Rows of benchmarks end up in benchmarks/results/, in a file of the device; the
 table at the end shows what was measured now beside what was there before.
@@ -33,11 +35,23 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 480
 # How long what is stopped may take to write down what it has.
 PATIENCE_S = 20
-# A file of tests stays in one process; each has a few threads, and all share the GPU.
+# Of tests; each has a few threads, and all share the GPU.
 NUM_PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
 FEATURES = ("ceilings", "mfcc", "time_freq", "label", "kmeans", "kmeans_curves")
 MODEL = ("attention", "codebook_loss", "conv_norm_gelu", "positional_conv", "add_norm", "bias_gelu")
-STEPS = ("pretrain_step", "finetune_step", "inference", "padding", "label")
+STEPS = ("pretrain_step", "finetune_step")
+USE = ("inference", "padding", "label")
+# In the mangled names of kernels: those of CUDA stand in a namespace, those of Triton are called after their ops.
+KERNELS = (
+    "hubert_ecg",
+    "_add_norm",
+    "_bias_gelu",
+    "_codebook",
+    "_conv_norm",
+    "_mask_embedding",
+    "_masked_span",
+    "_moments",
+)
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 
 Part = Callable[[list[str]], None]
@@ -66,21 +80,29 @@ def build(more: list[str]) -> None:
     run([*pip, "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."])
     # What is missing is said here, and fails where it is used.
     subprocess.run([*pip, "check"], cwd=ROOT)
-    run([sys.executable, "-m", "hubert_ecg.cli", "info"])
+    found = (
+        "import torch; from hubert_ecg import native; assert torch.cuda.is_available(), 'torch finds no CUDA device'; "
+    )
+    found += "assert native.find('mfcc', 'cuda'), 'built without CUDA: nvcc must be on PATH'"
+    run([sys.executable, "-c", found])
 
 
-def tests(more: list[str]) -> None:
-    threads = str(max(1, (os.cpu_count() or 1) // NUM_PROCESSES))
-    command = [*PYTEST, "-n", str(NUM_PROCESSES), "--dist", "loadfile", *more]
-    run(command, FAIL_WITHOUT_CUDA="1", OMP_NUM_THREADS=threads)
+def pytest(*options: str) -> Part:
+    def part(more: list[str]) -> None:
+        threads = str(max(1, (os.cpu_count() or 1) // NUM_PROCESSES))
+        command = [*PYTEST, "-n", str(NUM_PROCESSES), *options, *more]
+        run(command, FAIL_WITHOUT_CUDA="1", OMP_NUM_THREADS=threads)
+
+    return part
 
 
 def sanitize(tool: str, *options: str) -> Part:
     def part(more: list[str]) -> None:
-        sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        # Torch's own kernels are left out: they only make it slow.
-        filters = ["--target-processes", "application-only", "--kernel-name-exclude", "kns=2at6native"]
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, *options]
+        sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+        # Those of torch and its libraries would only make it slow.
+        ours = [word for kernel in KERNELS for word in ("--kernel-name", f"kns={kernel}")]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", *ours]
+        command += options
         kernels = "(agrees_with_reference or gradients_agree) and cuda and (native or triton)"
         cases = [*PYTEST, "tests/ops/test_every_op.py", "-k", kernels, *more]
         # Each tensor is an allocation of its own, so that what lies beside it belongs to nobody.
@@ -112,16 +134,20 @@ def benchmarks(part: str, stems: tuple[str, ...], *options: str) -> Part:
 table: list[str] = []
 PARTS: dict[str, Part] = {
     "build": build,
-    "tests": tests,
-    "memcheck": sanitize("memcheck", "--padding", "64"),
-    "racecheck": sanitize("racecheck"),
+    # Compiling Triton's kernels takes longest: the cases of one file are shared among processes.
+    "cuda": pytest("-m", "cuda", "--dist", "worksteal"),
+    "tests": pytest("--dist", "loadfile"),
     "features": benchmarks("features", FEATURES, "-k", "not test_command"),
     "model": benchmarks("model", MODEL),
-    "steps": benchmarks("steps", STEPS, "-k", "not test_label or test_command"),
+    "steps": benchmarks("steps", STEPS),
+    "use": benchmarks("use", USE, "-k", "not test_label or test_command"),
+    "memcheck": sanitize("memcheck", "--padding", "64"),
+    "racecheck": sanitize("racecheck"),
 }
 
 
 def main(*arguments: str) -> int:
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     names, more = list(arguments), []
     if "--" in names:
         more = names[names.index("--") + 1 :]

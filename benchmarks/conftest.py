@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +24,19 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+    if config.getoption("device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+        # What is float32 is meant so: answers are compared.
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(config, items):
     """What does not ask for a device runs on a CPU, whatever stands beside it."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            # What peers, and the compiler, warn of is no error of ours.
+            item.add_marker(pytest.mark.filterwarnings("default"))
     if config.getoption("device") == "cpu":
         return
     elsewhere = [item for item in items if "device" not in item.fixturenames]
@@ -59,9 +67,10 @@ def torchaudio():
 def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
     """``race(ours, {name: peer}, unit, count)`` times ours, then all in turns; prints and stores ratios.
 
-    A peer that is not here, or that memory does not hold, is the reason why, a string. ``curve=(what, x)`` makes the
-    row a point of a plot. With the bytes that must be ``moved`` at least and the ``operations`` of products in
-    ``dtype``, the row says how much of the time of ours is their floor. On a GPU it has the most memory that each took.
+    A peer that is not here is the reason why, a string; so is one that fails, as where memory does not hold it.
+    ``curve=(what, x)`` makes the row a point of a plot. With the bytes that must be ``moved`` at least and the
+    ``operations`` of products in ``dtype``, the row says how much of the time of ours is their floor. On a GPU it has
+    the most memory that each took.
 
     Returns the median over the rounds of each peer's seconds over ours, of the best run in each turn; nothing where
     benchmarks are disabled.
@@ -90,10 +99,10 @@ def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
             runner = finished(runner, device)
             try:
                 peak_bytes[name] = memory_of(runner, device)
-            except torch.cuda.OutOfMemoryError:
-                if name == "ours":
+            except Exception as error:
+                if name.startswith("ours"):
                     raise
-                absent[name] = "does not fit the memory"
+                absent[name] = said_by(error)
             else:
                 runners[name] = runner
         times: dict[str, list[float]] = {name: [] for name in runners}
@@ -129,6 +138,38 @@ def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
         return ratios
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checked() -> Callable[..., dict[str, Callable[[], Any] | str]]:
+    """``checked(runs, check)`` are the runs, of each of which ``check(name, answer)`` holds.
+
+    A peer that fails by itself is the reason why.
+    """
+
+    def run(
+        runs: dict[str, Callable[[], Any] | str], check: Callable[[str, Any], None]
+    ) -> dict[str, Callable[[], Any] | str]:
+        found = dict(runs)
+        for name, runner in runs.items():
+            if isinstance(runner, str):
+                continue
+            try:
+                answer = runner()
+            except Exception as error:
+                if name.startswith("ours"):
+                    raise
+                found[name] = said_by(error)
+            else:
+                check(name, answer)
+        return found
+
+    return run
+
+
+def said_by(error: Exception) -> str:
+    """The first line of an error, for a row of what a peer did not do."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 def memory_of(run: Callable[[], Any], device: torch.device) -> int:

@@ -81,9 +81,13 @@ def best_precision(device: torch.device) -> torch.dtype:
 
 
 def peers_of(
-    ours: nn.Module, our_loss: Callable[[], Tensor], theirs: nn.Module, their_loss: Callable[..., Tensor]
+    ours: nn.Module,
+    our_loss: Callable[[], Tensor],
+    theirs: nn.Module,
+    their_loss: Callable[..., Tensor],
+    compiled: bool = True,
 ) -> dict[str, Callable[[], None]]:
-    """Steps of a peer: in float16 on a GPU, as published, also compiled; elsewhere in each precision of the CPU.
+    """Steps of a peer: in float16 on a GPU, as published, and ``compiled``; elsewhere in each precision of the CPU.
 
     ``their_loss(model)`` is the loss of the peer, whichever way it is compiled. Ours takes part in other ways, too.
     """
@@ -96,12 +100,11 @@ def peers_of(
         if best_precision(device) != torch.float32:
             found["ours, float32"] = step(ours, our_loss, torch.float32, fused=True)
         return found
-    compiled = torch.compile(theirs)
-    return {
-        "transformers, float16": step(theirs, functools.partial(their_loss, theirs), torch.float16),
-        "transformers, float16, compiled": step(theirs, functools.partial(their_loss, compiled), torch.float16),
-        "transformers, bfloat16": step(theirs, functools.partial(their_loss, theirs), torch.bfloat16),
-    }
+    found = {"transformers, float16": step(theirs, functools.partial(their_loss, theirs), torch.float16)}
+    if compiled:
+        faster = functools.partial(their_loss, torch.compile(theirs))
+        found["transformers, float16, compiled"] = step(theirs, faster, torch.float16)
+    return found
 
 
 def _name(dtype: torch.dtype) -> str:

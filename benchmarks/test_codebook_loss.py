@@ -22,7 +22,7 @@ def leaves(request, device):
 
 
 @pytest.mark.benchmark(group="codebook_loss")
-def test_codebook_loss(race, leaves, device):
+def test_codebook_loss(race, checked, leaves, device):
     batch, num_entries = BATCH[device.type], len(leaves[3])
     random = torch.Generator(device).manual_seed(1)
     labels = torch.randint(0, num_entries, (batch, TOKENS), generator=random, device=device)
@@ -59,10 +59,8 @@ def test_codebook_loss(race, leaves, device):
     }
     if device.type == "cuda":
         candidates["one product of all tokens, compiled"] = torch.compile(products)
-    runs = {name: with_gradients(function) for name, function in candidates.items()}
-    for name, run in runs.items():
-        try:
-            assert_close(run(), exact, rtol=1e-5, atol=1e-5, name=name)
-        except torch.cuda.OutOfMemoryError:
-            runs[name] = "does not fit the memory"
+    runs = checked(
+        {name: with_gradients(function) for name, function in candidates.items()},
+        lambda name, answer: assert_close(answer, exact, rtol=1e-5, atol=1e-5, name=name),
+    )
     race(runs.pop("ours"), runs, "records", batch, rounds=3)

@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.benchmark(group="positional convolution")
-def test_positional_conv(race, device, batch):
+def test_positional_conv(race, checked, device, batch):
     random = torch.Generator().manual_seed(0)
     x, weight, bias, grad = (
         torch.randn(*shape, generator=random).to(device)
@@ -76,9 +76,12 @@ def test_positional_conv(race, device, batch):
         "rows of four tokens": step(blocks(4)),
     }
     expected = runs["eager PyTorch"]()
-    for form, run in runs.items():
-        for name, actual, other in zip(["y", "x", "weight", "bias"], run(), expected, strict=True):
+
+    def check(form, answer):
+        for name, actual, other in zip(["y", "x", "weight", "bias"], answer, expected, strict=True):
             scale = float(other.abs().max())
             rtol, atol = (0.0, 0.05 * scale) if half else (1e-4, 2e-4 * scale)
             assert_close(actual, other, rtol=rtol, atol=atol, name=f"{form}: {name}")
+
+    runs = checked(runs, check)
     race(runs.pop("ours"), runs, "records", batch)

@@ -53,9 +53,11 @@ def test_pretrain_step(race, device, size, num_clusters):
             assert abs(float(our_loss(records=8)) - expected) < 2e-2 * expected
     ours.train()
     theirs.train()
-    peers = peers_of(ours, our_loss, theirs, their_loss)
+    # Compiling takes longer than everything else; it is tried on the published first iteration.
+    with_compiler = (size, num_clusters) == ("base", 100)
+    peers = peers_of(ours, our_loss, theirs, their_loss, with_compiler)
     best = best_precision(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and with_compiler:
         compiled = copy.deepcopy(ours)
         compiled.compile_layers()
         peers["ours, layers compiled"] = step(compiled, lambda: our_loss(compiled), best, fused=True)

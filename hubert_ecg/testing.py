@@ -34,7 +34,9 @@ def assert_close(actual: Any, expected: Any, *, rtol: float, atol: float, name: 
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not expected.is_floating_point():
         assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
-    a, e = actual.detach().cpu().double(), expected.detach().cpu().double()
+    # Where both are, if they are in one place: large ones take long to copy.
+    where_both_are = expected.device if actual.device == expected.device else torch.device("cpu")
+    a, e = (x.detach().to(where_both_are).double() for x in (actual, expected))
     equal = (a == e) | (a.isnan() & e.isnan())
     excess = torch.where(equal, 0, ((a - e).abs() - atol - rtol * e.abs()).nan_to_num(nan=math.inf))
     if not expected.is_floating_point():
@@ -104,14 +106,17 @@ def torchaudio_parts() -> types.SimpleNamespace:
 
     They are plain Python, but ``import torchaudio`` fails beside a torch of another build, and so do libraries that
     import it where it is installed. So it is unpacked where nobody looks, by ``make``, and these parts are read from
-    their files.
+    their files; or from those of a torchaudio that is installed.
 
     Raises:
         ImportError: torchaudio is not there.
     """
     root = Path(sys.prefix, "torchaudio", "torchaudio")
-    if not root.is_dir():
+    installed = importlib.util.find_spec("torchaudio")
+    if not root.is_dir() and (installed is None or installed.origin is None):
         raise ImportError(f"no torchaudio: pip install --no-deps --target {root.parent} torchaudio==2.7.1")
+    if not root.is_dir():
+        root = Path(installed.origin).parent  # type: ignore[union-attr, arg-type]
     path = root / "functional" / "functional.py"
     wanted = ("create_dct", "compute_deltas")
     tree = ast.parse(path.read_text(encoding="utf-8"))

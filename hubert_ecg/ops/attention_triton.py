@@ -1,4 +1,4 @@
-"""Attention over spans of keys in Triton: up to 128 tokens, a program has all of a head on chip, more go by tiles.
+"""Attention over spans of keys in Triton: up to 128 tokens, a program has all keys of a head on chip, more go by tiles.
 
 Keys that are not valid are never loaded. Each gradient is summed by one program, in one order, without atomics.
 """
@@ -115,13 +115,13 @@ def _masked_span_attention_forward_kernel(
 
 @triton.jit
 def _masked_span_attention_backward_keys_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, mean_ptr, logsumexp_ptr, spans_ptr, queries_ptr, seed_ptr, gradients_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, mean_ptr, logsumexp_ptr, spans_ptr, queries_ptr, seed_ptr, of_q_ptr, gradients_ptr,
     g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    H, T, M, D, num_spans, scale,
+    H, T, M, D, num_spans, scale, of_q_b, of_q_t,
     SPANS: tl.constexpr, QUERIES: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values; where all rows and keys are one tile (WHOLE), of the queries too."""
+    """Gradients of a tile of keys and values; where that is all of them (WHOLE), of the rows of q too."""
     head = tl.program_id(0).to(tl.int64)
     b, h = head // H, head % H
     token, d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -129,7 +129,6 @@ def _masked_span_attention_backward_keys_kernel(
     k = _load(k_ptr + b * k_b + h * k_h, token, k_t, d, D, valid)
     v = _load(v_ptr + b * v_b + h * v_h, token, v_t, d, D, valid)
     of_k, of_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    of_q_ptr = gradients_ptr + (b * T * 3 * H + h) * D
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         row, real = _rows(queries_ptr, b, m, M, T, QUERIES)
@@ -144,14 +143,10 @@ def _masked_span_attention_backward_keys_kernel(
         of_k += _product(tl.trans(of_scores), q)
         if WHOLE:
             of_q = _product(of_scores, k) * scale
-            if QUERIES:
-                # A token's gradient is the sum of its rows.
-                mine = (token[:, None] == row[None, :]) & real[None, :]
-                _store(of_q_ptr, token, 3 * H * D, d, D, token < T, _product(mine.to(tl.float32), of_q))
-            else:
-                _store(of_q_ptr, m, 3 * H * D, d, D, m < M, of_q)
-    _store(of_q_ptr + H * D, token, 3 * H * D, d, D, token < T, of_k * scale)
-    _store(of_q_ptr + 2 * H * D, token, 3 * H * D, d, D, token < T, of_v)
+            _store(of_q_ptr + b * of_q_b + h * D, m, of_q_t, d, D, m < M, of_q)
+    gradients_ptr += (b * T * 3 * H + h) * D
+    _store(gradients_ptr + H * D, token, 3 * H * D, d, D, token < T, of_k * scale)
+    _store(gradients_ptr + 2 * H * D, token, 3 * H * D, d, D, token < T, of_v)
 
 
 @triton.jit
@@ -193,21 +188,27 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def _options(q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float) -> dict[str, Any]:
-    """Tiles as a multiprocessor has room for: of 16-bit numbers all of a head, of float32 and of wide heads less."""
+def _options(
+    q: Tensor, M: int, spans: Tensor | None, queries: Tensor | None, dropout_p: float, backward: bool
+) -> dict[str, Any]:
+    """Tiles for which the registers suffice: of 16-bit numbers all keys of a head, of float32 and of wide heads less.
+
+    ``.ci/triton_kernels.py`` compiles them for every GPU, and fails where they do not.
+    """
     D, longest = max(16, triton.next_power_of_2(q.shape[3])), max(q.shape[1], M)
-    if q.element_size() == 2 and D <= 128:
+    halves = q.element_size() == 2
+    most = max(16, 4096 // (D * q.element_size() // 2))
+    if halves and D <= 128:
         most = 128 if longest <= 128 else 64
-    else:
-        most = max(16, 4096 // (D * q.element_size() // 2))
     rows, tokens = (min(most, max(16, triton.next_power_of_2(n))) for n in (M, q.shape[1]))
+    rows = min(rows, (32 if backward else 128) * 64 // max(D, 64))
     return {
         "SPANS": spans is not None,
         "QUERIES": queries is not None,
         "BLOCK_M": rows,
         "BLOCK_N": tokens,
         "BLOCK_D": D,
-        "num_warps": 8 if max(rows, tokens) == 128 else 4,
+        "num_warps": 4 if halves and max(rows, tokens) < 128 else 8,
         "num_stages": 1 if tokens >= q.shape[1] else 2,
         **dropout_options(dropout_p),
     }
@@ -218,7 +219,7 @@ def masked_span_attention(
     seed: Tensor | None, scale: float, out: Tensor, logsumexp: Tensor,
 ) -> None:  # fmt: skip
     B, M, H, _ = out.shape
-    options = _options(q, M, spans, queries, dropout_p)
+    options = _options(q, M, spans, queries, dropout_p, backward=False)
     _masked_span_attention_forward_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
         q, k, v, spans, queries, seed, out, logsumexp, *_strides(q, k, v), *_sizes(q, M, spans, scale),
         **options,
@@ -233,18 +234,18 @@ def masked_span_attention_backward(
     T = q.shape[1]
     # The mean of the gradients of each row's weights.
     mean = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
-    options = _options(q, M, spans, queries, dropout_p)
-    whole = options["BLOCK_N"] >= T and options["BLOCK_M"] >= M
-    given = grad, q, k, v, mean, logsumexp, spans, queries, seed
-    numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, scale)
+    options = _options(q, M, spans, queries, dropout_p, backward=True)
+    whole = options["BLOCK_N"] >= T
+    # With queries, a token's gradient is the sum of its rows.
+    of_q = gradients[:, :, 0] if queries is None else q.new_empty(out.shape, dtype=torch.float32)
+    given = grad, q, k, v, mean, logsumexp, spans, queries, seed, of_q
+    numbers = *_strides(grad, q, k, v), *_sizes(q, M, spans, scale), *of_q.stride()[:2]
     _masked_span_attention_backward_keys_kernel[(B * H, triton.cdiv(T, options["BLOCK_N"]))](
         *given, gradients, *numbers, WHOLE=whole, **options
     )
-    if whole:
-        return
-    of_q = gradients[:, :, 0] if queries is None else q.new_empty(out.shape, dtype=torch.float32)
-    _masked_span_attention_backward_queries_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
-        *given, of_q, *numbers, *of_q.stride()[:2], **options
-    )
+    if not whole:
+        _masked_span_attention_backward_queries_kernel[(B * H, triton.cdiv(M, options["BLOCK_M"]))](
+            *given, *numbers, **options
+        )
     if queries is not None:
         gradients[:, :, 0] = scatter_rows(of_q, queries, T)

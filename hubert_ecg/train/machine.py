@@ -69,10 +69,11 @@ def same_bits(wanted: bool) -> Iterator[None]:
         return
     # cuBLAS looks at it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    memory, mode = torch.utils.deterministic, torch.get_deterministic_debug_mode()
+    fill = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     # That is for finding what was never written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     except RuntimeError as error:
@@ -80,8 +81,9 @@ def same_bits(wanted: bool) -> Iterator[None]:
             raise
         raise RunError(f"deterministic: {str(error).split(',')[0]}; leave --deterministic out") from error
     finally:
-        torch.set_deterministic_debug_mode(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        # Not by setting the mode, which would leave the compiler's own switch on.
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+        memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

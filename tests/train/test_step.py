@@ -119,6 +119,7 @@ class Scaler:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("crop_s", [5.0, 12.0])
 def test_no_step_on_a_gpu_waits_for_it(cohort, tmp_path, crop_s):
     device = torch.device("cuda:0")
@@ -128,8 +129,8 @@ def test_no_step_on_a_gpu_waits_for_it(cohort, tmp_path, crop_s):
     run._step(next(groups))
     batches = [next(groups) for _ in range(2)]
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for group in batches:
             run._step(group)
     finally:
