@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 WIDTH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -47,6 +47,7 @@ def precisions(device: torch.device) -> list[torch.dtype]:
     return [torch.float32, *[torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()]
 
 
+@functools.cache
 def copy(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
     """A copy within the device, and the bytes that it reads and writes."""
     source = torch.randint(256, (COPIED_BYTES[device.type],), dtype=torch.uint8, device=device)
@@ -54,6 +55,7 @@ def copy(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
     return finished(lambda: target.copy_(source), device), 2 * source.nbytes
 
 
+@functools.cache
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], torch.Tensor], int]:
     """A product of square matrices, and its multiplications and additions."""
     width = WIDTH[device.type]
@@ -61,24 +63,10 @@ def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], torc
     return finished(lambda: torch.mm(a, b, out=c), device), 2 * width**3
 
 
-@functools.cache
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written."""
-    run, moved = copy(device)
-    run()
-    return moved / best_of_a_turn(run)
-
-
-@functools.cache
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second."""
-    run, operations = product(device, dtype)
-    run()
-    return operations / best_of_a_turn(run)
-
-
 def floor_s(device: torch.device, moved: float, operations: float, dtype: torch.dtype) -> float:
-    """Seconds that so many bytes, and so many operations in this dtype, take at least."""
-    return max(
-        moved / copy_rate(device) if moved else 0.0, operations / product_rate(device, dtype) if operations else 0.0
-    )
+    """Seconds that so many bytes, and so many operations in this dtype, take at least, by the speed of this moment."""
+    floors = [0.0]
+    for count, (run, of_one) in ((moved, copy(device)), (operations, product(device, dtype))):
+        if count:
+            floors.append(count / of_one * best_of_a_turn(run))
+    return max(floors)
