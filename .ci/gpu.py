@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +53,13 @@ KERNELS = (
 )
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 
+READY = """
+import torch
+from hubert_ecg import native
+assert torch.cuda.is_available(), "torch finds no CUDA device"
+assert native.find("mfcc", "cuda"), "built without CUDA: nvcc must be on PATH"
+"""
+
 Part = Callable[[list[str]], None]
 
 
@@ -80,14 +86,10 @@ def build(more: list[str]) -> None:
     run([*pip, "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."])
     # What is missing is said here, and fails where it is used.
     subprocess.run([*pip, "check"], cwd=ROOT)
-    found = (
-        "import torch; from hubert_ecg import native; assert torch.cuda.is_available(), 'torch finds no CUDA device'; "
-    )
-    found += "assert native.find('mfcc', 'cuda'), 'built without CUDA: nvcc must be on PATH'"
-    run([sys.executable, "-c", found])
+    run([sys.executable, "-c", READY])
 
 
-def pytest(*options: str) -> Part:
+def suite(*options: str) -> Part:
     def part(more: list[str]) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // NUM_PROCESSES))
         command = [*PYTEST, "-n", str(NUM_PROCESSES), *options, *more]
@@ -98,15 +100,21 @@ def pytest(*options: str) -> Part:
 
 def sanitize(tool: str, *options: str) -> Part:
     def part(more: list[str]) -> None:
-        sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--target-processes",
+            "application-only",
+        ]
         # Those of torch and its libraries would only make it slow.
-        ours = [word for kernel in KERNELS for word in ("--kernel-name", f"kns={kernel}")]
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", *ours]
-        command += options
+        command += [word for kernel in KERNELS for word in ("--kernel-name", f"kns={kernel}")]
         kernels = "(agrees_with_reference or gradients_agree) and cuda and (native or triton)"
         cases = [*PYTEST, "tests/ops/test_every_op.py", "-k", kernels, *more]
         # Each tensor is an allocation of its own, so that what lies beside it belongs to nobody.
-        run([*command, *cases], FAIL_WITHOUT_CUDA="1", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        run([*command, *options, *cases], FAIL_WITHOUT_CUDA="1", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     return part
 
@@ -135,8 +143,8 @@ table: list[str] = []
 PARTS: dict[str, Part] = {
     "build": build,
     # Compiling Triton's kernels takes longest: the cases of one file are shared among processes.
-    "cuda": pytest("-m", "cuda", "--dist", "worksteal"),
-    "tests": pytest("--dist", "loadfile"),
+    "cuda": suite("-m", "cuda", "--dist", "worksteal"),
+    "tests": suite("--dist", "loadfile"),
     "features": benchmarks("features", FEATURES, "-k", "not test_command"),
     "model": benchmarks("model", MODEL),
     "steps": benchmarks("steps", STEPS),
@@ -164,6 +172,8 @@ def main(*arguments: str) -> int:
             outcome = f"failed, exit code {error.returncode}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped after {LIMIT_S // 60} minutes"
+        except FileNotFoundError as error:
+            outcome = f"failed, {error.filename} is not on PATH"
         said.append((name, outcome, time.monotonic() - start))
         if name == "build" and outcome != "passed":
             break

@@ -1,6 +1,7 @@
 """What benchmarks measured on a device, kept as rows: compared, plotted, and the README's table made from them.
 
 ``python benchmarks/rows.py table [FILE]``  prints a table of the rows in FILE: this device's processor unless given
+``python benchmarks/rows.py floors [FILE]`` prints how much of each row's time is its floor on the device
 ``python benchmarks/rows.py compare FILE``  prints what ``--benchmark-json FILE`` measured beside this device's rows
 ``python benchmarks/rows.py keep FILE``     puts what it measured in their place, and plots the curves among them
 """
@@ -206,9 +207,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         row = named.get(name, {})
         if peer := _peer(row):
             ours, theirs = (f"{_milliseconds(row['median_s'][who])}" for who in ("ours", peer))
-            count = f"{row['count']:,} {row['unit'] if row['count'] > 1 else row['unit'].removesuffix('s')}"
-            lines.append(f"| {what} | {count} | {ours} | {peer} | {theirs} | {_ratio(row['ratio'][peer])} |")
+            lines.append(f"| {what} | {_count(row)} | {ours} | {peer} | {theirs} | {_ratio(row['ratio'][peer])} |")
     return "\n".join(lines)
+
+
+def floors(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the device's own ceilings leave of each row's time, in Markdown."""
+    named = {row["name"]: row for row in rows}
+    lines = ["| | of | floor |", "|---|---|---|"]
+    for name, (what, _) in TABLE.items():
+        if share := named.get(name, {}).get("share_of_floor"):
+            lines.append(f"| {what} | {_count(named[name])} | {100 * share:.0f} % |")
+    return "\n".join(lines)
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    return f"{row['count']:,} {row['unit'] if row['count'] > 1 else row['unit'].removesuffix('s')}"
 
 
 def _peer(row: Mapping[str, Any]) -> str | None:
@@ -235,10 +249,11 @@ def _version(package: str) -> str:
 
 
 def main(command: str, *files: str) -> None:
-    if len(files) not in {"table": (0, 1), "compare": (1,), "keep": (1,)}.get(command, ()):
+    if len(files) not in {"table": (0, 1), "floors": (0, 1), "compare": (1,), "keep": (1,)}.get(command, ()):
         raise SystemExit(f"usage:\n{__doc__}")
-    if command == "table":
-        print(table(load(Path(*files) if files else RESULTS / f"{device()}.json")))
+    if command in ("table", "floors"):
+        rows = load(Path(*files) if files else RESULTS / f"{device()}.json")
+        print(table(rows) if command == "table" else floors(rows))
         return
     name, rows = measured(Path(*files))
     path = RESULTS / f"{name}.json"

@@ -110,7 +110,8 @@ def test_attention(race, checked, device, limited, dropout_p, dtype, passes):
     inputs, found, share = forms(device, limited, dropout_p, dtype)
     grad = torch.randn(inputs[0].shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
     rtol, atol = OPS["masked_span_attention_backward"].tolerance[dtype]
-    expected = made(found["torch SDPA"], inputs, grad, 0.0)()
+    whole = [x.detach().float().requires_grad_() for x in inputs]
+    expected = made(found["torch SDPA"], whole, grad.float(), 0.0)()
 
     def runs_with(p):
         return {
@@ -118,7 +119,9 @@ def test_attention(race, checked, device, limited, dropout_p, dtype, passes):
         }
 
     def check(name, answer):
-        assert_close(answer, expected, rtol=rtol, atol=atol, name=name)
+        # What is asked of ours is not asked of others in half precision.
+        slack = 1 if name.startswith("ours") else 4
+        assert_close(answer, expected, rtol=slack * rtol, atol=slack * atol, name=name)
 
     # What dropout leaves differs from one to the other.
     able = checked(runs_with(0.0), check)

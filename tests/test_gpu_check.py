@@ -25,17 +25,19 @@ def test_every_part_is_said_with_its_outcome(gpu, monkeypatch, capsys):
     parts = {
         "build": heard.append,
         "fails": lambda more: gpu.run([sys.executable, "-c", "raise SystemExit(3)"]),
+        "absent": lambda more: gpu.run(["no-such-program"]),
         "late": lambda more: gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5),
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
     start = time.monotonic()
-    assert gpu.main("build", "fails", "late", "--", "-k", "mfcc") == 1
+    assert gpu.main("build", "fails", "absent", "late", "--", "-k", "mfcc") == 1
     assert time.monotonic() - start < 30
     assert heard == [["-k", "mfcc"]]
     lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if " s  " in line]
     assert [(name, outcome) for name, _, _, outcome in lines] == [
         ("build", "passed"),
         ("fails", "failed, exit code 3"),
+        ("absent", "failed, no-such-program is not on PATH"),
         ("late", "stopped after 8 minutes"),
     ]
     assert gpu.main("build") == 0
