@@ -1,8 +1,8 @@
 """Compiles every Triton kernel that training launches, for the GPUs of .ci/cuda.py, and prints what each takes.
 
 Models of two widths train for a step whose kernels are compiled and never run, so that no GPU is needed. Fails where
-one does not compile, where a thread spills more than MOST_SPILLED bytes of registers to memory, and where a kernel
-wants more shared memory than the GPU has.
+one does not compile, and where it wants more shared memory than the GPU has. Registers that are spilled to memory are
+shown and bound nothing: of the same kernel, each version of Triton makes another program.
 
     python .ci/triton_kernels.py [TARGET ...]
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from cuda import MOST_SPILLED, TARGETS
+from cuda import TARGETS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -113,12 +113,12 @@ def main(*targets: str) -> None:
         for target, kernels in zip(targets, pool.map(kernels_of, targets), strict=True):
             for name, what, registers, shared, spilled in kernels:
                 print(f"{name:<50}{what:<18}{target:<9}{registers:>9}{shared:>9}{spilled:>9}")
-                if spilled > MOST_SPILLED or shared > MOST_SHARED.get(target, shared):
-                    guilty.append(f"{name} ({what}) for {target}: {spilled} bytes spilled, {shared} shared")
+                if shared > MOST_SHARED.get(target, shared):
+                    guilty.append(f"{name} ({what}) for {target}: {shared} bytes")
             if not kernels:
                 raise SystemExit(f"no kernel was launched for {target}")
     if guilty:
-        raise SystemExit("\n".join(["too much for a thread or a block:", *guilty]))
+        raise SystemExit("\n".join(["more shared memory than there is:", *guilty]))
 
 
 if __name__ == "__main__":

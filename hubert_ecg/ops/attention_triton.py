@@ -193,7 +193,7 @@ def _options(
 ) -> dict[str, Any]:
     """Tiles for which the registers suffice: of 16-bit numbers all keys of a head, of float32 and of wide heads less.
 
-    ``.ci/triton_kernels.py`` compiles them for every GPU, and fails where they do not.
+    ``.ci/triton_kernels.py`` shows what they take on each GPU.
     """
     D, longest = max(16, triton.next_power_of_2(q.shape[3])), max(q.shape[1], M)
     halves = q.element_size() == 2
