@@ -65,8 +65,12 @@ def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], torc
 
 def floor_s(device: torch.device, moved: float, operations: float, dtype: torch.dtype) -> float:
     """Seconds that so many bytes, and so many operations in this dtype, take at least, by the speed of this moment."""
-    floors = [0.0]
-    for count, (run, of_one) in ((moved, copy(device)), (operations, product(device, dtype))):
-        if count:
-            floors.append(count / of_one * best_of_a_turn(run))
-    return max(floors)
+
+    def seconds(count: float, run: Callable[[], Any], of_one: int) -> float:
+        return count / of_one * best_of_a_turn(run)
+
+    # What nobody asks about is not even made.
+    return max(
+        seconds(moved, *copy(device)) if moved else 0.0,
+        seconds(operations, *product(device, dtype)) if operations else 0.0,
+    )

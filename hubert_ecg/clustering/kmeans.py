@@ -36,7 +36,8 @@ class KMeans:
     are (a tensor on a GPU stays there); sums are float64. A cluster that runs empty is moved to the point farthest from
     its centre. From the same start, the centres are those of scikit-learn's Lloyd, as long as no point is equally near
     to two of them within the rounding of its dtype: then the first of the two wins here, and rounding decides there. Of
-    float32 points, labels here are those of exact distances: what scikit-learn finds for the same numbers in float64.
+    float32 points, labels here are those of exact distances to centres rounded to float32: but for that rounding, what
+    scikit-learn finds for the same numbers in float64.
 
     Points may be larger than memory: a :class:`numpy.memmap` (or a view of one) and a :class:`BlockSource` are read
     block by block on every pass, the next block while the one before is clustered. And they may be sharded over the
