@@ -23,6 +23,7 @@ from hubert_ecg.ops import (
     add_norm,
     bias_gelu,
     conv_norm_gelu,
+    linear,
     mask_embedding,
     masked_span_attention,
     positional_conv,
@@ -117,11 +118,11 @@ class FeatureProjection(nn.Module):
         """``[B, N, C]`` to ``[B, N, H]``; tokens that are ``masked`` ``[B, N]`` become ``embedding`` ``[H]``."""
         x = self.layer_norm(x)
         if masked is None or embedding is None:
-            return self.dropout(self.projection(x))
+            return self.dropout(linear(x, self.projection.weight, self.projection.bias))
         if self.training and self.dropout.p > 0:
-            x = self.dropout(self.projection(x))
+            x = self.dropout(linear(x, self.projection.weight, self.projection.bias))
             return torch.where(masked[..., None], embedding.to(x.dtype), x)
-        return mask_embedding(F.linear(x, self.projection.weight), self.projection.bias, embedding, masked)
+        return mask_embedding(linear(x, self.projection.weight), self.projection.bias, embedding, masked)
 
 
 class PositionalConv(nn.Module):
@@ -176,7 +177,7 @@ class Attention(nn.Module):
         parts, ranks = (self.q_proj, self.k_proj, self.v_proj), self.tensor_ranks
         weight = torch.cat([local(part.weight, ranks) for part in parts])
         bias = torch.cat([local(part.bias, ranks) for part in parts])
-        qkv = F.linear(entering(x, ranks), weight, bias).unflatten(-1, (3, -1, self.head_size))
+        qkv = linear(entering(x, ranks), weight, bias).unflatten(-1, (3, -1, self.head_size))
         dropout = self.dropout if self.training else 0.0
         seed = dropout_seed(dropout, x.device, ranks)
         y = masked_span_attention(qkv, spans=spans, queries=rows, dropout_p=dropout, seed=seed)
@@ -202,7 +203,7 @@ class FeedForward(nn.Module):
         """``[B, N, H]`` to ``[B, N, H]``."""
         first, ranks, dropout = self.intermediate_dense, self.tensor_ranks, self.dropout if self.training else 0.0
         seed = dropout_seed(dropout, x.device, ranks)
-        x = F.linear(entering(x, ranks), local(first.weight, ranks))
+        x = linear(entering(x, ranks), local(first.weight, ranks))
         return summed(bias_gelu(x, local(first.bias, ranks), dropout, seed), self.output_dense, ranks)
 
     def split(self, ranks: TensorRanks) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hubert_ecg.models.encoder import Encoder, FeatureExtractor, FeatureProjection, ModelOutput
 from hubert_ecg.models.pretrained import Pretrained
 from hubert_ecg.models.shape import HubertECGConfig, num_tokens, padding_lengths, sample_mask, window_mask
-from hubert_ecg.ops import IGNORED, codebook_loss
+from hubert_ecg.ops import IGNORED, codebook_loss, linear
 
 TEMPERATURE = 0.1
 # Numbers of logits that are held at a time where all that is asked for is the largest.
@@ -228,7 +228,8 @@ class HubertECGForPretraining(Backbone):
         codebooks = [cast(nn.Embedding, codebook).weight for codebook in self.label_embedding]
         if output_logits or labels is None:
             output.logits = tuple(
-                codebook_logits(project(x), codebook) for project, codebook in zip(projections, codebooks, strict=True)
+                codebook_logits(linear(x, project.weight, project.bias), codebook)
+                for project, codebook in zip(projections, codebooks, strict=True)
             )
         if labels is None:
             return output

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hubert_ecg.ops import linear
 
 # Takes the seeds of the processes apart; any odd number with half of its bits set would do.
 _STEP = 0x5851F42D4C957F2D
@@ -34,14 +35,14 @@ class TensorRanks:
         """
         from torch.distributed.tensor import Shard, distribute_tensor
 
-        def keep(linear: nn.Module, name: str, axis: int) -> None:
-            whole = linear.get_parameter(name)
+        def keep(part_of: nn.Module, name: str, axis: int) -> None:
+            whole = part_of.get_parameter(name)
             part = distribute_tensor(whole.detach(), self.mesh, [Shard(axis)], src_data_rank=None)
-            setattr(linear, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+            setattr(part_of, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
-        for linear in map(layer.get_submodule, by_column):
-            keep(linear, "weight", 0)
-            keep(linear, "bias", 0)
+        for column in map(layer.get_submodule, by_column):
+            keep(column, "weight", 0)
+            keep(column, "bias", 0)
         keep(layer.get_submodule(by_row), "weight", 1)
         layer.tensor_ranks = self  # type: ignore[assignment]
 
@@ -56,12 +57,12 @@ def local(parameter: Any, ranks: TensorRanks | None) -> Tensor:
     return parameter if ranks is None else parameter.to_local()
 
 
-def summed(x: Tensor, linear: nn.Linear, ranks: TensorRanks | None) -> Tensor:
-    """``linear(x)``, where each process has some columns of ``x`` and those of the weight."""
+def summed(x: Tensor, layer: nn.Linear, ranks: TensorRanks | None) -> Tensor:
+    """``layer(x)``, where each process has some columns of ``x`` and those of the weight."""
     if ranks is None:
-        return linear(x)
-    y = _Leaving.apply(F.linear(x, local(linear.weight, ranks)), ranks.mesh)
-    return y + linear.bias.to(y.dtype)
+        return linear(x, layer.weight, layer.bias)
+    y = _Leaving.apply(linear(x, local(layer.weight, ranks)), ranks.mesh)
+    return y + layer.bias.to(y.dtype)
 
 
 def dropout_seed(dropout_p: float, device: torch.device, ranks: TensorRanks | None) -> Tensor | None:

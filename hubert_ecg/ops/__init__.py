@@ -13,6 +13,7 @@ from hubert_ecg.ops.conv_norm_gelu import conv_norm_gelu
 from hubert_ecg.ops.deltas import deltas
 from hubert_ecg.ops.kmeans import kmeans_accumulate, kmeans_assign, kmeans_step
 from hubert_ecg.ops.label import frame_assign, mfcc_assign, mixed_assign, time_freq_assign
+from hubert_ecg.ops.linear import linear
 from hubert_ecg.ops.mask_embedding import mask_embedding
 from hubert_ecg.ops.mfcc import mfcc
 from hubert_ecg.ops.positional_conv import positional_conv
@@ -34,6 +35,7 @@ __all__ = [
     "kmeans_accumulate",
     "kmeans_assign",
     "kmeans_step",
+    "linear",
     "mask_embedding",
     "masked_span_attention",
     "mfcc",

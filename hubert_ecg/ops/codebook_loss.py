@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import codebook_loss_reference as reference
 from hubert_ecg.ops._op import Array, Op, check_device, check_real, describe, takes_arrays, to_tensor
 from hubert_ecg.ops.codebook_loss_reference import EPSILON, IGNORED, row_loss
+from hubert_ecg.ops.linear import linear
 
 _cross_entropy = Op(
     "codebook_cross_entropy(Tensor x, Tensor codebook, Tensor labels, float temperature=0.1)"
@@ -92,7 +92,7 @@ def codebook_loss(
         rows, targets = rows.index_select(0, place), targets.index_select(1, place)
     losses, shares = [], []
     for weight, shift, entries, target in zip(projections, biases, codebooks, targets, strict=True):
-        loss, _, predicted = codebook_cross_entropy(F.linear(rows, weight, shift), entries, target, temperature)
+        loss, _, predicted = codebook_cross_entropy(linear(rows, weight, shift), entries, target, temperature)
         count = (target != IGNORED).sum().clamp_min(1)
         losses.append(loss.sum() / count)
         shares.append((predicted == target).sum().to(loss.dtype) / count)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hubert_ecg.ops import strided_conv_reference as reference
 from hubert_ecg.ops._op import Array, Op, check_device, check_whole, describe, takes_arrays
+from hubert_ecg.ops.linear import product_dtype
 
 _op = Op(
     "strided_conv(Tensor x, Tensor weight, int stride, Tensor? bias=None) -> Tensor",
@@ -68,15 +69,6 @@ def strided_conv(x: Array, weight: Array, stride: int, bias: Array | None = None
     return _op.call(x, weight, stride, bias)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products: that of x, but where a CPU would only emulate it."""
-    if x.is_cuda or x.dtype in (torch.float32, torch.float64):
-        return x.dtype
-    half = x.dtype == torch.float16
-    supported = torch.ops.mkldnn._is_mkldnn_fp16_supported if half else torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return x.dtype if supported() else torch.float32
-
-
 def _blocks(x: Tensor, frames: int, kernel: int, stride: int) -> list[tuple[slice, Tensor]]:
     """Up to ``stride`` taps at a time: their rows of the weight, and a view ``[B, F, taps * C]`` of x, [B, T, C]."""
     channels, found = x.shape[2], []
@@ -105,7 +97,7 @@ def _(grad, x, weight, stride, with_input=True):
 
 @_op.composed
 def _(x, weight, stride, bias=None):
-    dtype, kernel = _product_dtype(x), weight.shape[2]
+    dtype, kernel = product_dtype(x.device, x.dtype), weight.shape[2]
     frames = (x.shape[1] - kernel) // stride + 1
     rows = _rows(weight).to(dtype)[None].expand(len(x), -1, -1)
     z = rows.new_empty(len(x), frames, len(weight))
@@ -118,7 +110,7 @@ def _(x, weight, stride, bias=None):
 
 @_backward.composed
 def _(grad, x, weight, stride, with_input=True):
-    dtype, kernel = _product_dtype(x), weight.shape[2]
+    dtype, kernel = product_dtype(x.device, x.dtype), weight.shape[2]
     batch, samples, channels = x.shape
     frames, wide, rows, own = grad.shape[1], x.to(dtype).contiguous(), _rows(weight).to(dtype), grad.to(dtype)
     grad_x = wide.new_zeros(wide.shape if with_input else 0)
