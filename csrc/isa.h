@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <string>
 #include <type_traits>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 namespace hubert_ecg {
 

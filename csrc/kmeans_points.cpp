@@ -7,10 +7,6 @@
 
 #include "isa.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
 namespace hubert_ecg {
 namespace {
 

@@ -143,18 +143,10 @@ HUBERT_ECG_TARGET static double distance(const T* a, const T* b, int64_t dim) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-// Pairs of int16 are multiplied and added in one instruction, for half as long as float takes. On processors with
-// 512 bits both take as long.
+// multiply_pairs takes half as long as two products of float. On processors with 512 bits both take as long.
+#undef HUBERT_ECG_PAIRS
 #if defined(__x86_64__) && HUBERT_ECG_BYTES < 64
-#define HUBERT_ECG_PAIRS 1
-
-HUBERT_ECG_TARGET static inline __attribute__((always_inline)) I<float> multiply_pairs(I<float> a, I<float> b) {
-#if HUBERT_ECG_BYTES == 32
-  return (I<float>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-  return (I<float>)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#endif
-}
+#define HUBERT_ECG_PAIRS
 
 // Rounds `dim` coordinates of 2 W points to 16 bits, by units that make each point kLength long.
 //   x [dim][2 W]; squares [2 W]: squared lengths; unit [2 W], pairs [dim / 2, rounded up][2 W] (written)
@@ -228,7 +220,6 @@ constexpr Kernels<T> make_kernels() {
   Kernels<T> made{kRows, 2 * Simd<T>::width, pack<T>, score<T>, select<T>, distance<T>, nullptr, nullptr};
 #ifdef HUBERT_ECG_PAIRS
   if constexpr (sizeof(T) == 4) made.round_pairs = round_pairs, made.score_pairs = score_pairs;
-#undef HUBERT_ECG_PAIRS
 #endif
   return made;
 }

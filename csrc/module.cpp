@@ -11,6 +11,7 @@
 #include "gather.h"
 #include "kmeans.h"
 #include "label.h"
+#include "linear.h"
 #include "mfcc.h"
 #include "published.h"
 #include "time_freq.h"
@@ -49,6 +50,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_span_attention_backward_cpu", &hubert_ecg::masked_span_attention_backward_cpu, nogil);
   m.def("conv_norm_gelu_cpu", &hubert_ecg::conv_norm_gelu_cpu, nogil);
   m.def("conv_norm_gelu_backward_cpu", &hubert_ecg::conv_norm_gelu_backward_cpu, nogil);
+#ifdef __x86_64__
+  m.def("linear_cpu", &hubert_ecg::linear_cpu, nogil);
+  m.def("linear_backward_cpu", &hubert_ecg::linear_backward_cpu, nogil);
+#endif
   m.def("published_ring_cpu", &hubert_ecg::published_ring_cpu, nogil);
   m.def("published_scale_cpu", &hubert_ecg::published_scale_cpu, nogil);
   py::class_<hubert_ecg::Shards>(m, "Shards", py::module_local())

@@ -24,4 +24,17 @@ HUBERT_ECG_TARGET static inline __attribute__((always_inline)) void store(To* to
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+#ifdef __x86_64__
+// Of each 32 bits: the product of the lower halves and that of the upper ones, as int16, added.
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) I<float> multiply_pairs(I<float> a, I<float> b) {
+#if HUBERT_ECG_BYTES == 64
+  return (I<float>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif HUBERT_ECG_BYTES == 32
+  return (I<float>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return (I<float>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+#endif
+
 }  // namespace HUBERT_ECG_ISA

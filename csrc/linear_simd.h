@@ -1,0 +1,106 @@
+// The inner loops of linear.cpp for one instruction set (every_isa.h).
+#include "halves_simd.h"
+#include "vectors_simd.h"
+
+namespace HUBERT_ECG_ISA {
+
+// Columns of a register tile; 2 * kRows + 3 vector registers are in use.
+constexpr int kColumns = 2 * Simd<float>::width;
+
+// The factor that makes a row with this sum of squares kLength long, and its inverse, the unit.
+HUBERT_ECG_TARGET static inline float factor_of(double squares, float& unit) {
+  const double length = std::sqrt(squares);
+  // A row so short vanishes; one that is not finite shall be seen.
+  const bool sound = length > 1e-33 && squares <= std::numeric_limits<double>::max();
+  unit = sound ? float(length / kLength) : squares * 0 == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  return sound ? float(kLength / length) : 0.0f;
+}
+
+// The integer next to x in the low bits.
+HUBERT_ECG_TARGET static inline int32_t nearest(float x) { return int32_t(float_as_bits(x + float(3 << 22))); }
+
+// Rounds P rows of `depth` numbers, of which `rows` are there, each in a unit of its own, in pairs.
+//   x[row * row_step + k * depth_step]; units [P], pairs [depth / 2, rounded up][P] (written)
+template <class T, int P>
+HUBERT_ECG_TARGET static void pack(const void* matrix, int64_t row_step, int64_t depth_step, int64_t rows,
+                                   int64_t depth, float* units, int32_t* pairs) {
+  const T* const x = static_cast<const T*>(matrix);
+  if (row_step == 1 && rows == P) {
+    double squares[P] = {};
+    float factors[P];
+    for (int64_t k = 0; k < depth; ++k)
+#pragma omp simd
+      for (int p = 0; p < P; ++p) squares[p] += double(widen(x[k * depth_step + p])) * widen(x[k * depth_step + p]);
+    for (int p = 0; p < P; ++p) factors[p] = factor_of(squares[p], units[p]);
+    for (int64_t k = 0; k + 1 < depth; k += 2, pairs += P) {
+      const T *const low = x + k * depth_step, *const high = low + depth_step;
+#pragma omp simd
+      for (int p = 0; p < P; ++p)
+        pairs[p] = (nearest(widen(low[p]) * factors[p]) & 0xffff) | nearest(widen(high[p]) * factors[p]) << 16;
+    }
+    if (depth % 2)
+      for (int p = 0; p < P; ++p) pairs[p] = nearest(widen(x[(depth - 1) * depth_step + p]) * factors[p]) & 0xffff;
+    return;
+  }
+  float wide[kDepth];
+  int16_t rounded[kDepth];
+  for (int p = 0; p < P; ++p) {
+    if (p >= rows) {
+      units[p] = 0;
+      for (int64_t k = 0; k < depth; k += 2) pairs[k / 2 * P + p] = 0;
+      continue;
+    }
+    const T* const row = x + p * row_step;
+    if (depth_step == 1) {
+#pragma omp simd
+      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(row[k]);
+    } else {
+      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(row[k * depth_step]);
+    }
+    double squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t k = 0; k < depth; ++k) squares += double(wide[k]) * wide[k];
+    const float factor = factor_of(squares, units[p]);
+#pragma omp simd
+    for (int64_t k = 0; k < depth; ++k) rounded[k] = int16_t(nearest(wide[k] * factor));
+    if (depth % 2) rounded[depth] = 0;
+    for (int64_t k = 0; k < depth; k += 2) std::memcpy(pairs + k / 2 * P + p, rounded + k, sizeof *pairs);
+  }
+}
+
+// c[r][j] (+)= a_units[r] b_units[j] sum_k a[k][r] b[k][j], of pairs, for kRows and kColumns.
+HUBERT_ECG_TARGET static void multiply(const int32_t* a, const float* a_units, const int32_t* b, const float* b_units,
+                                       int64_t depth, bool first, float* c, int64_t stride) {
+  constexpr int W = Simd<float>::width;
+  I<float> sum0[kRows] = {}, sum1[kRows] = {};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; k += 2, a += kRows, b += kColumns) {
+    const I<float> b0 = load<I<float>>(b), b1 = load<I<float>>(b + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const I<float> pair = a[r] + I<float>{};
+      sum0[r] += multiply_pairs(pair, b0);
+      sum1[r] += multiply_pairs(pair, b1);
+    }
+  }
+  const V<float> unit0 = load<V<float>>(b_units), unit1 = load<V<float>>(b_units + W);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r, c += stride) {
+    V<float> c0 = __builtin_convertvector(sum0[r], V<float>) * a_units[r] * unit0;
+    V<float> c1 = __builtin_convertvector(sum1[r], V<float>) * a_units[r] * unit1;
+    if (!first) c0 += load<V<float>>(c), c1 += load<V<float>>(c + W);
+    store(c, c0), store(c + W, c1);
+  }
+}
+
+template <class T>
+HUBERT_ECG_TARGET static void finish(const float* c, const float* bias, int64_t n, void* out) {
+  T* const y = static_cast<T*>(out);
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) narrow(c[j] + (bias ? bias[j] : 0.0f), y[j]);
+}
+
+template <class T>
+constexpr Kernels kernels = {kColumns, pack<T, kRows>, pack<T, kColumns>, multiply, finish<T>};
+
+}  // namespace HUBERT_ECG_ISA
