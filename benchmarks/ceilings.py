@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hubert_ecg.ops import linear
+
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 WIDTH = {"cpu": 2048, "cuda": 8192}
 
@@ -41,7 +43,7 @@ def best_of_a_turn(run: Callable[[], Any], turn_s: float = 0.2) -> float:
 
 
 def precisions(device: torch.device) -> list[torch.dtype]:
-    """Dtypes of products that the device has; a CPU without bfloat16 computes it as float32, and slower."""
+    """Dtypes of products that torch has for the device; a CPU without bfloat16 emulates it, many times slower."""
     if device.type == "cuda":
         return [torch.float32, torch.bfloat16, torch.float16]
     return [torch.float32, *[torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()]
@@ -57,9 +59,11 @@ def copy(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
 
 @functools.cache
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], torch.Tensor], int]:
-    """A product of square matrices, and its multiplications and additions."""
+    """A product of square matrices, torch's or in 16 bits, and its multiplications and additions."""
     width = WIDTH[device.type]
     a, b, c = (torch.randn(width, width, device=device).to(dtype) for _ in range(3))
+    if dtype not in precisions(device):
+        return lambda: linear(a, b), 2 * width**3
     return finished(lambda: torch.mm(a, b, out=c), device), 2 * width**3
 
 

@@ -75,31 +75,27 @@ def step(
     return run
 
 
-def best_precision(device: torch.device) -> torch.dtype:
-    """What ours trains in."""
-    return torch.bfloat16 if torch.bfloat16 in precisions(device) else torch.float32
-
-
 def peers_of(
     ours: nn.Module,
     our_loss: Callable[[], Tensor],
     theirs: nn.Module,
     their_loss: Callable[..., Tensor],
     compiled: bool = True,
+    emulated: bool = False,
 ) -> dict[str, Callable[[], None]]:
-    """Steps of a peer: in float16 on a GPU, as published, and ``compiled``; elsewhere in each precision of the CPU.
+    """Steps of a peer: in float16 on a GPU, as published, and ``compiled``; on a CPU in float32 and bfloat16.
 
-    ``their_loss(model)`` is the loss of the peer, whichever way it is compiled. Ours takes part in other ways, too.
+    ``their_loss(model)`` is the loss of the peer, whichever way it is compiled. Ours, which is timed in bfloat16, takes
+    part in float32, too. ``emulated``: in bfloat16, too, on a CPU that takes minutes for such a step.
     """
     device = next(theirs.parameters()).device
     if device.type != "cuda":
+        halves = [torch.bfloat16] if emulated or torch.bfloat16 in precisions(device) else []
         found = {
             f"transformers, {_name(dtype)}": step(theirs, functools.partial(their_loss, theirs), dtype)
-            for dtype in precisions(device)
+            for dtype in (torch.float32, *halves)
         }
-        if best_precision(device) != torch.float32:
-            found["ours, float32"] = step(ours, our_loss, torch.float32, fused=True)
-        return found
+        return {**found, "ours, float32": step(ours, our_loss, torch.float32, fused=True)}
     found = {"transformers, float16": step(theirs, functools.partial(their_loss, theirs), torch.float16)}
     if compiled:
         faster = functools.partial(their_loss, torch.compile(theirs))

@@ -43,14 +43,10 @@ HUBERT_ECG_TARGET static void pack(const void* matrix, int64_t row_step, int64_t
     return;
   }
   float wide[kDepth];
-  int16_t rounded[kDepth];
+  alignas(64) int16_t rounded[P][kDepth];
   for (int p = 0; p < P; ++p) {
-    if (p >= rows) {
-      units[p] = 0;
-      for (int64_t k = 0; k < depth; k += 2) pairs[k / 2 * P + p] = 0;
-      continue;
-    }
-    const T* const row = x + p * row_step;
+    // Behind the last row comes nothing.
+    const T* const row = x + std::min<int64_t>(p, rows - 1) * row_step;
     if (depth_step == 1) {
 #pragma omp simd
       for (int64_t k = 0; k < depth; ++k) wide[k] = widen(row[k]);
@@ -60,12 +56,38 @@ HUBERT_ECG_TARGET static void pack(const void* matrix, int64_t row_step, int64_t
     double squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t k = 0; k < depth; ++k) squares += double(wide[k]) * wide[k];
-    const float factor = factor_of(squares, units[p]);
+    const float factor = factor_of(p < rows ? squares : 0.0, units[p]);
 #pragma omp simd
-    for (int64_t k = 0; k < depth; ++k) rounded[k] = int16_t(nearest(wide[k] * factor));
-    if (depth % 2) rounded[depth] = 0;
-    for (int64_t k = 0; k < depth; k += 2) std::memcpy(pairs + k / 2 * P + p, rounded + k, sizeof *pairs);
+    for (int64_t k = 0; k < depth; ++k) rounded[p][k] = int16_t(nearest(wide[k] * factor));
+    if (depth % 2) rounded[p][depth] = 0;
   }
+  int64_t k = 0;
+#if __has_builtin(__builtin_shufflevector)
+  typedef int32_t Four __attribute__((vector_size(16)));
+  for (; k + 8 <= depth; k += 8) {
+    int32_t* const to = pairs + k / 2 * P;
+#pragma GCC unroll 16
+    for (int p = 0; p + 4 <= P; p += 4) {
+      const Four a = load<Four>(rounded[p] + k), b = load<Four>(rounded[p + 1] + k);
+      const Four c = load<Four>(rounded[p + 2] + k), d = load<Four>(rounded[p + 3] + k);
+      const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      const Four ef = __builtin_shufflevector(a, b, 2, 6, 3, 7), gh = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      store(to + p, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+      store(to + P + p, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+      store(to + 2 * P + p, __builtin_shufflevector(ef, gh, 0, 1, 4, 5));
+      store(to + 3 * P + p, __builtin_shufflevector(ef, gh, 2, 3, 6, 7));
+    }
+    if constexpr (P % 4 == 2) {
+      const Four a = load<Four>(rounded[P - 2] + k), b = load<Four>(rounded[P - 1] + k);
+      store(to + P - 2, __builtin_shufflevector(a, b, 0, 4));
+      store(to + 2 * P - 2, __builtin_shufflevector(a, b, 1, 5));
+      store(to + 3 * P - 2, __builtin_shufflevector(a, b, 2, 6));
+      store(to + 4 * P - 2, __builtin_shufflevector(a, b, 3, 7));
+    }
+  }
+#endif
+  for (; k < depth; k += 2)
+    for (int p = 0; p < P; ++p) std::memcpy(pairs + k / 2 * P + p, rounded[p] + k, sizeof *pairs);
 }
 
 // c[r][j] (+)= a_units[r] b_units[j] sum_k a[k][r] b[k][j], of pairs, for kRows and kColumns.

@@ -108,9 +108,7 @@ def _(kernel, grad, x, weight, with_x=True, with_weight=True):
         return _backward.backends["cpu"]["composed"](grad, x, weight, with_x, with_weight)
     own = _rows(grad).contiguous()
     to_x, to_weight = x.new_empty(x.shape if with_x else 0), weight.new_empty(weight.shape if with_weight else 0)
-    outputs = [
-        _rows(part) if wanted else part[None, :0][:0] for part, wanted in ((to_x, with_x), (to_weight, with_weight))
-    ]
+    outputs = _rows(to_x) if with_x else to_x.view(0, 0), to_weight if with_weight else to_weight.view(0, 0)
     kernel(own, _rows(x).contiguous(), weight.contiguous(), *outputs)
     return to_x, to_weight, own.sum(0, dtype=torch.float32).to(weight.dtype)
 
