@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
     A peer that is not here is the reason why, a string; so is one that fails, as where memory does not hold it.
     ``curve=(what, x)`` makes the row a point of a plot. With the bytes that must be ``moved`` at least and the
     ``operations`` of products in ``dtype``, the row says how much of the time of ours is their floor. On a GPU it has
-    the most memory that each took.
+    the most memory that each took. Peers that take minutes may run ``once`` alone.
 
     Returns the median over the rounds of each peer's seconds over ours, of the best run in each turn; nothing where
     benchmarks are disabled.
@@ -86,6 +86,7 @@ def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
         moved: float = 0,
         operations: float = 0,
         dtype: torch.dtype = torch.float32,
+        once: Collection[str] = (),
     ):
         rounds = min(rounds, request.config.getoption("rounds") or rounds)
         benchmark.pedantic(finished(ours, device), rounds=rounds, warmup_rounds=2)
@@ -107,14 +108,15 @@ def race(benchmark, capsys, request, device) -> Callable[..., dict[str, float]]:
                 runners[name] = runner
         times: dict[str, list[float]] = {name: [] for name in runners}
         shares = []
-        for _ in range(rounds):
+        for turn in range(rounds):
             for name, runner in runners.items():
-                times[name].append(best_of_a_turn(runner))
+                if turn == 0 or name not in once:
+                    times[name].append(best_of_a_turn(runner))
             # The speed of a machine that others use, too, is another one in the next minute.
             shares.append(floor_s(device, moved, operations, dtype) / times["ours"][-1])
         medians = {name: statistics.median(found) for name, found in times.items()}
         ratios = {
-            name: statistics.median(peer / own for peer, own in zip(times[name], times["ours"], strict=True))
+            name: statistics.median(peer / own for peer, own in zip(times[name], times["ours"], strict=False))
             for name in runners
             if name != "ours"
         }

@@ -45,7 +45,7 @@ def test_pretrain_step(race, device, size, num_clusters):
     def their_loss(model, records=batch):
         return model(ecg[:records], labels[:records], masked[:records])
 
-    # In bfloat16, what torch emulates takes minutes: it is tried on the iteration whose model was published.
+    # What torch emulates takes minutes: it is tried on the iteration whose base model was published.
     all_precisions = device.type == "cpu" and (size, num_clusters) == ("base", 500)
     with torch.no_grad():
         # Without dropout the losses are equal: weights, mask and data are the same.
@@ -54,9 +54,9 @@ def test_pretrain_step(race, device, size, num_clusters):
         with autocast(device, torch.bfloat16):
             assert abs(float(our_loss(records=8)) - expected) < 2e-2 * expected
         if all_precisions:
-            expected = float(their_loss(theirs, 2))
+            expected = float(their_loss(theirs, 1))
             with autocast(device, torch.bfloat16):
-                assert abs(float(their_loss(theirs, 2)) - expected) < 2e-2 * expected
+                assert abs(float(their_loss(theirs, 1)) - expected) < 2e-2 * expected
     ours.train()
     theirs.train()
     # Compiling takes longer than everything else; it is tried on the published first iteration.
@@ -68,4 +68,5 @@ def test_pretrain_step(race, device, size, num_clusters):
         peers["ours, layers compiled"] = step(compiled, lambda: our_loss(compiled), torch.bfloat16, fused=True)
     operations = batch * training_flops(ours, ecg[0].numel())
     ours_in_half = step(ours, our_loss, torch.bfloat16, fused=True)
-    race(ours_in_half, peers, "records", batch, rounds=2, operations=operations, dtype=torch.bfloat16)
+    floor = {"operations": operations, "dtype": torch.bfloat16}
+    race(ours_in_half, peers, "records", batch, rounds=2, once=["transformers, bfloat16"], **floor)
