@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hubert_ecg.ops import linear
+from hubert_ecg.ops.linear import product_dtype
 
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 WIDTH = {"cpu": 2048, "cuda": 8192}
@@ -43,10 +43,10 @@ def best_of_a_turn(run: Callable[[], Any], turn_s: float = 0.2) -> float:
 
 
 def precisions(device: torch.device) -> list[torch.dtype]:
-    """Dtypes of products that torch has for the device; a CPU without bfloat16 emulates it, many times slower."""
+    """Dtypes of products that the device has; a CPU without bfloat16 emulates it, many times slower than float32."""
     if device.type == "cuda":
         return [torch.float32, torch.bfloat16, torch.float16]
-    return [torch.float32, *[torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()]
+    return [torch.float32, *[torch.bfloat16] * (product_dtype(device, torch.bfloat16) == torch.bfloat16)]
 
 
 @functools.cache
@@ -59,16 +59,18 @@ def copy(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
 
 @functools.cache
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], torch.Tensor], int]:
-    """A product of square matrices, torch's or in 16 bits, and its multiplications and additions."""
+    """A product of square matrices, and its multiplications and additions."""
     width = WIDTH[device.type]
     a, b, c = (torch.randn(width, width, device=device).to(dtype) for _ in range(3))
-    if dtype not in precisions(device):
-        return lambda: linear(a, b), 2 * width**3
     return finished(lambda: torch.mm(a, b, out=c), device), 2 * width**3
 
 
 def floor_s(device: torch.device, moved: float, operations: float, dtype: torch.dtype) -> float:
-    """Seconds that so many bytes, and so many operations in this dtype, take at least, by the speed of this moment."""
+    """Seconds that so many bytes, and so many operations in this dtype, take at least, by the speed of this moment.
+
+    Where the device has no products in this dtype, those of float32 take their place, and ours may take less.
+    """
+    dtype = dtype if dtype in precisions(device) else torch.float32
 
     def seconds(count: float, run: Callable[[], Any], of_one: int) -> float:
         return count / of_one * best_of_a_turn(run)

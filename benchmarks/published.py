@@ -90,10 +90,9 @@ def peers_of(
     """
     device = next(theirs.parameters()).device
     if device.type != "cuda":
-        halves = [torch.bfloat16] if emulated or torch.bfloat16 in precisions(device) else []
         found = {
-            f"transformers, {_name(dtype)}": step(theirs, functools.partial(their_loss, theirs), dtype)
-            for dtype in (torch.float32, *halves)
+            f"transformers, {name}": step(theirs, functools.partial(their_loss, theirs), dtype)
+            for name, dtype in of_the_cpu(device, emulated).items()
         }
         return {**found, "ours, float32": step(ours, our_loss, torch.float32, fused=True)}
     found = {"transformers, float16": step(theirs, functools.partial(their_loss, theirs), torch.float16)}
@@ -103,5 +102,7 @@ def peers_of(
     return found
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def of_the_cpu(device: torch.device, emulated: bool = False) -> dict[str, torch.dtype]:
+    """Precisions of a CPU by name: those that it has, and bfloat16 where what is ``emulated`` is wanted, too."""
+    found = {*precisions(device), *([torch.bfloat16] * emulated)}
+    return {str(dtype).removeprefix("torch."): dtype for dtype in sorted(found, key=str)}

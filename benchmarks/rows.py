@@ -82,7 +82,10 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         "a step of fine-tuning, base model, 71 labels",
         ("transformers, float32", "transformers, float16"),
     ),
-    **{f"test_inference[{batch}]": ("scores of a base model", ("transformers",)) for batch in (1, 16, 448)},
+    **{
+        f"test_inference[{batch}]": ("scores of a base model", ("transformers", "transformers, float32"))
+        for batch in (1, 16, 448)
+    },
     "test_codebook_loss[K1000]": (
         "loss over 1,000 clusters",
         ("broadcast cosine of all tokens", "one product of all tokens"),

@@ -13,8 +13,6 @@ from hubert_ecg import ops
 from hubert_ecg.ops import OPS, use_backend
 from hubert_ecg.testing import assert_close
 
-from .ceilings import precisions
-
 T, H, D = 93, 12, 64
 BATCH = {"cpu": 16, "cuda": 448}
 
@@ -126,8 +124,6 @@ def test_attention(race, checked, device, limited, dropout_p, dtype, passes):
     # What dropout leaves differs from one to the other.
     able = checked(runs_with(0.0), check)
     runs = {name: able[name] if isinstance(able[name], str) else run for name, run in runs_with(dropout_p).items()}
-    # A CPU without bfloat16 computes it in float32.
-    rate = dtype if dtype in precisions(device) else torch.float32
     moved = (num_whole + share * num_of_keys) * inputs[0].nbytes
     operations = share * num_products * 2 * inputs[0].numel() * T
-    race(runs.pop("ours"), runs, "records", BATCH[device.type], moved=moved, operations=operations, dtype=rate)
+    race(runs.pop("ours"), runs, "records", BATCH[device.type], moved=moved, operations=operations, dtype=dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hubert_ecg.ops import linear
 from hubert_ecg.testing import assert_close
 
 from . import ceilings
@@ -22,9 +21,10 @@ def test_copy(race, device):
 @pytest.mark.benchmark(group="ceilings")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_product(race, device, dtype):
+    if dtype not in ceilings.precisions(device):
+        pytest.skip(f"{device} has no products in {dtype}")
     a, b = (torch.randn(64, 512, device=device).to(dtype) for _ in range(2))
     exact = a.double() @ b.double().T
-    found = linear(a, b).double()
-    assert_close(found / exact.norm(), exact / exact.norm(), rtol=0, atol=TOLERANCE[dtype], name="product")
+    assert_close((a @ b.T).double() / exact.norm(), exact / exact.norm(), rtol=0, atol=TOLERANCE[dtype], name="product")
     run, operations = ceilings.product(device, dtype)
     race(run, {}, "operations", operations)

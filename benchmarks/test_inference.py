@@ -10,7 +10,7 @@ from hubert_ecg.testing import assert_close
 from hubert_ecg.train.machine import autocast
 from hubert_ecg.train.throughput import forward_flops
 
-from .published import Classification
+from .published import Classification, of_the_cpu
 
 BATCHES = {"cpu": [1, 16], "cuda": [1, 448]}
 
@@ -40,7 +40,8 @@ def test_inference(race, device, batch):
     if device.type == "cuda":
         peers = {"transformers": scores(theirs), "transformers, compiled": scores(torch.compile(theirs))}
     else:
-        peers = {"transformers": scores(theirs, torch.float32), "ours, float32": scores(ours, torch.float32)}
+        peers = {"ours, float32": scores(ours, torch.float32)}
+        peers |= {f"transformers, {name}": scores(theirs, dtype) for name, dtype in of_the_cpu(device).items()}
     parts = forward_flops(ours.config, ecg[0].numel())
     operations = batch * (sum(parts.values()) - parts["attention"])  # which is a part of the layers
     race(scores(ours), peers, "records", batch, operations=operations, dtype=torch.bfloat16)

@@ -17,8 +17,8 @@ namespace hubert_ecg {
 namespace {
 
 constexpr float kLength = 32700;
-// Numbers of a row that share a unit. Sixteen such rows stay in the first-level cache.
-constexpr int64_t kDepth = 768;
+// Numbers of a row that share a unit, an even count. A large one takes digits from so many others only.
+constexpr int64_t kDepth = 256;
 // Rows of a register tile; rows and columns whose sums stay in the second-level cache, whole register tiles of them.
 constexpr int kRows = 6;
 constexpr int64_t kBlockRows = 28 * kRows, kBlockColumns = 256;
@@ -87,10 +87,13 @@ void product(const Tensor& a, bool a_transposed, const Tensor& b, bool b_transpo
   const Rounded left(a, a_transposed, kRows, kernels_of(a).pack_rows);
   const Rounded right(b, b_transposed, columns, kernels_of(b).pack_columns);
   const int64_t down = (M + kBlockRows - 1) / kBlockRows, blocks = down * ((N + kBlockColumns - 1) / kBlockColumns);
-#pragma omp parallel if (M * N * depth > 65536 && blocks > 1)
+  const int num_threads =
+      M * N * depth > 65536 ? static_cast<int>(std::min<int64_t>(blocks, omp_get_max_threads())) : 1;
+  constexpr int64_t kSums = kBlockRows * kBlockColumns * sizeof(float) / 64;
+  const std::unique_ptr<CacheLine[]> sums(new CacheLine[num_threads * kSums]);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
-    const std::unique_ptr<CacheLine[]> sums(new CacheLine[kBlockRows * kBlockColumns * sizeof(float) / 64]);
-    float* const c = reinterpret_cast<float*>(sums.get());
+    float* const c = reinterpret_cast<float*>(sums.get() + omp_get_thread_num() * kSums);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t i0 = block % down * kBlockRows, i1 = std::min(M, i0 + kBlockRows);

@@ -6,10 +6,10 @@ namespace hubert_ecg {
 // Products of matrices in 16 bits, for processors that have none of half precision: pairs of int16 are multiplied and
 // added in one instruction, twice as many numbers at a time as of float32.
 //
-// Of both matrices, each row of some hundred numbers is rounded in a unit of its own, by which it is kLength long. The
-// products of two such rows add up to less than 2^31 (Cauchy and Schwarz), so sums are exact in int32; they are joined
-// in float32. What is lost is less than half precision loses where it rounds the result. A row that is not finite gives
-// NaN.
+// Of both matrices, kDepth numbers of a row at a time are rounded in a unit of their own, by which they are kLength
+// long. The products of two such pieces add up to less than 2^31 (Cauchy and Schwarz), so sums are exact in int32; they
+// are joined in float32. Each is off by about 1e-5 of the product of both lengths. A row that is not finite gives NaN;
+// one shorter than 1e-33 counts as zeros.
 //
 // Each matrix is float32, float16 or bfloat16. y = x weight^T + bias:
 //   x [M, K]; weight [N, K]; bias [N] float32, [0]: none; y [M, N] (written)

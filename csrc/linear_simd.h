@@ -105,11 +105,12 @@ HUBERT_ECG_TARGET static void multiply(const int32_t* a, const float* a_units, c
       sum1[r] += multiply_pairs(pair, b1);
     }
   }
-  const V<float> unit0 = load<V<float>>(b_units), unit1 = load<V<float>>(b_units + W);
+  // A piece as long as float32 can be has no unit that may meet a whole sum first.
+  const V<float> unit0 = load<V<float>>(b_units) * 0x1p15f, unit1 = load<V<float>>(b_units + W) * 0x1p15f;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r, c += stride) {
-    V<float> c0 = __builtin_convertvector(sum0[r], V<float>) * a_units[r] * unit0;
-    V<float> c1 = __builtin_convertvector(sum1[r], V<float>) * a_units[r] * unit1;
+    V<float> c0 = __builtin_convertvector(sum0[r], V<float>) * 0x1p-15f * a_units[r] * unit0;
+    V<float> c1 = __builtin_convertvector(sum1[r], V<float>) * 0x1p-15f * a_units[r] * unit1;
     if (!first) c0 += load<V<float>>(c), c1 += load<V<float>>(c + W);
     store(c, c0), store(c + W, c1);
   }

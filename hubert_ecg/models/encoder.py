@@ -105,22 +105,30 @@ class FeatureExtractor(nn.Module):
         return x.transpose(1, 2)
 
 
+class Linear(nn.Linear):
+    """torch's, with the products of :func:`hubert_ecg.ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., N]``."""
+        return linear(x, self.weight, self.bias)
+
+
 class FeatureProjection(nn.Module):
     """LayerNorm, then the linear map into the transformer's width."""
 
     def __init__(self, config: HubertECGConfig):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.projection = Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = nn.Dropout(config.feat_proj_dropout)
 
     def forward(self, x: Tensor, masked: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         """``[B, N, C]`` to ``[B, N, H]``; tokens that are ``masked`` ``[B, N]`` become ``embedding`` ``[H]``."""
         x = self.layer_norm(x)
         if masked is None or embedding is None:
-            return self.dropout(linear(x, self.projection.weight, self.projection.bias))
+            return self.dropout(self.projection(x))
         if self.training and self.dropout.p > 0:
-            x = self.dropout(linear(x, self.projection.weight, self.projection.bias))
+            x = self.dropout(self.projection(x))
             return torch.where(masked[..., None], embedding.to(x.dtype), x)
         return mask_embedding(linear(x, self.projection.weight), self.projection.bias, embedding, masked)
 
@@ -158,10 +166,10 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_size = config.hidden_size // config.num_attention_heads
         self.dropout = config.attention_dropout
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, spans: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Each token's look at the others.
@@ -196,8 +204,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: HubertECGConfig):
         super().__init__()
         self.dropout = config.activation_dropout
-        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
+        self.output_dense = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, H]`` to ``[B, N, H]``."""

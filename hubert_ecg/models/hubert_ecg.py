@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hubert_ecg.models.encoder import Encoder, FeatureExtractor, FeatureProjection, ModelOutput
+from hubert_ecg.models.encoder import Encoder, FeatureExtractor, FeatureProjection, Linear, ModelOutput
 from hubert_ecg.models.pretrained import Pretrained
 from hubert_ecg.models.shape import HubertECGConfig, num_tokens, padding_lengths, sample_mask, window_mask
-from hubert_ecg.ops import IGNORED, codebook_loss, linear
+from hubert_ecg.ops import IGNORED, codebook_loss
 
 TEMPERATURE = 0.1
 # Numbers of logits that are held at a time where all that is asked for is the largest.
@@ -167,7 +167,7 @@ class HubertECGForPretraining(Backbone):
         config, like = self.config, self.masked_spec_embed
         config.vocab_sizes = [int(size) for size in vocab_sizes]
         while len(self.final_proj) < len(config.vocab_sizes):
-            self.final_proj.append(nn.Linear(config.hidden_size, config.classifier_proj_size).to(like))
+            self.final_proj.append(Linear(config.hidden_size, config.classifier_proj_size).to(like))
             self._initialise(self.final_proj[-1])
         self.final_proj = self.final_proj[: len(config.vocab_sizes)]
         self.label_embedding = nn.ModuleList(
@@ -228,8 +228,7 @@ class HubertECGForPretraining(Backbone):
         codebooks = [cast(nn.Embedding, codebook).weight for codebook in self.label_embedding]
         if output_logits or labels is None:
             output.logits = tuple(
-                codebook_logits(linear(x, project.weight, project.bias), codebook)
-                for project, codebook in zip(projections, codebooks, strict=True)
+                codebook_logits(project(x), codebook) for project, codebook in zip(projections, codebooks, strict=True)
             )
         if labels is None:
             return output

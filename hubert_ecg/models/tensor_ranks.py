@@ -60,7 +60,7 @@ def local(parameter: Any, ranks: TensorRanks | None) -> Tensor:
 def summed(x: Tensor, layer: nn.Linear, ranks: TensorRanks | None) -> Tensor:
     """``layer(x)``, where each process has some columns of ``x`` and those of the weight."""
     if ranks is None:
-        return linear(x, layer.weight, layer.bias)
+        return layer(x)
     y = _Leaving.apply(linear(x, local(layer.weight, ranks)), ranks.mesh)
     return y + layer.bias.to(y.dtype)
 

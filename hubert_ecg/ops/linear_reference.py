@@ -10,20 +10,22 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Autocast reaches into ops, and would round what is wide.
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(wide) @ weight.to(wide).T
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.to(wide) @ weight.to(wide).T
+        return (y if bias is None else y + bias.to(wide)).to(x.dtype).contiguous()
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, with_x: bool = True, with_weight: bool = True
+    grad: Tensor, x: Tensor, weight: Tensor, with_x: bool = True, with_weight: bool = True, with_bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    count = x.shape[:-1].numel()
-    rows, own = x.to(wide).reshape(count, x.shape[-1]), grad.to(wide).reshape(count, len(weight))
-    to_x = (own @ weight.to(wide)).view(x.shape).to(x.dtype) if with_x else x.new_zeros(0)
-    to_weight = (own.T @ rows).to(weight.dtype) if with_weight else weight.new_zeros(0)
-    return to_x, to_weight, own.sum(0).to(weight.dtype)
+    wide, count = torch.promote_types(x.dtype, torch.float32), x.shape[:-1].numel()
+    with torch.autocast(x.device.type, enabled=False):
+        rows, own = x.to(wide).reshape(count, x.shape[-1]), grad.to(wide).reshape(count, len(weight))
+        to_x = (own @ weight.to(wide)).view(x.shape).to(x.dtype) if with_x else x.new_zeros(0)
+        to_weight = (own.T @ rows).to(weight.dtype) if with_weight else weight.new_zeros(0)
+        return to_x, to_weight, own.sum(0) if with_bias else own.new_zeros(0)
 
 
 def linear_samples(device: str) -> Iterator[tuple[Any, ...]]:
@@ -66,6 +68,7 @@ def linear_errors() -> Iterator[tuple[tuple[Any, ...], str]]:
     yield (x.long(), weight), r"linear: x must be floating point \[\.\.\., D\], got int64\[2, 8\]"
     yield (x[0, 0], weight), r"linear: x must be floating point \[\.\.\., D\], got float32\[\]"
     yield (x, weight[:, :5]), r"linear: weight must be floating point \[N, 8\], got float32\[3, 5\]"
+    yield (x, weight.double()), r"linear: weight must be of the dtype of x \(torch.float32\), got float64\[3, 8\]"
     yield (x, weight.long()), r"linear: weight must be floating point \[N, 8\], got int64\[3, 8\]"
     yield (x, weight, torch.ones(2)), r"linear: bias must be floating point \[3\], got float32\[2\]"
     yield (x, weight, torch.ones(3).long()), r"linear: bias must be floating point \[3\], got int64\[3\]"
@@ -75,7 +78,7 @@ def linear_backward_samples(device: str) -> Iterator[tuple[Any, ...]]:
     random = torch.Generator().manual_seed(1)
     for i, (x, weight, _) in enumerate(linear_samples(device)):
         grad = torch.randn((*x.shape[:-1], len(weight)), generator=random).to(x)
-        yield grad, x, weight, i % 4 != 2, i % 4 != 3
+        yield grad, x, weight, i % 4 != 2, i % 4 != 3, i % 4 != 1
 
 
 linear_backward_tolerance = {

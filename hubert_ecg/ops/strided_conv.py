@@ -97,7 +97,7 @@ def _(grad, x, weight, stride, with_input=True):
 
 @_op.composed
 def _(x, weight, stride, bias=None):
-    dtype, kernel = product_dtype(x), weight.shape[2]
+    dtype, kernel = product_dtype(x.device, x.dtype), weight.shape[2]
     frames = (x.shape[1] - kernel) // stride + 1
     rows = _rows(weight).to(dtype)[None].expand(len(x), -1, -1)
     z = rows.new_empty(len(x), frames, len(weight))
@@ -110,7 +110,7 @@ def _(x, weight, stride, bias=None):
 
 @_backward.composed
 def _(grad, x, weight, stride, with_input=True):
-    dtype, kernel = product_dtype(x), weight.shape[2]
+    dtype, kernel = product_dtype(x.device, x.dtype), weight.shape[2]
     batch, samples, channels = x.shape
     frames, wide, rows, own = grad.shape[1], x.to(dtype).contiguous(), _rows(weight).to(dtype), grad.to(dtype)
     grad_x = wide.new_zeros(wide.shape if with_input else 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hubert_ecg.ops import codebook_cross_entropy, codebook_loss, use_backend
+from hubert_ecg.ops import codebook_cross_entropy, codebook_loss, linear, use_backend
 from hubert_ecg.testing import assert_close
 
 BACKENDS = ("reference", "composed")
@@ -175,8 +175,9 @@ def test_autocast_touches_the_projection_alone(backend):
         loss.backward()
     assert loss.dtype == accuracy.dtype == torch.float32
     again = [t.clone().requires_grad_() for t in (x, weight, codebook)]
-    projected = F.linear(again[0].bfloat16(), again[1].bfloat16())
     with use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            projected = linear(again[0], again[1])
         expected = codebook_loss(projected.float(), torch.eye(64), again[2], labels, mask)[0]
         expected.backward()
     assert_close(loss, expected, rtol=1e-5, atol=1e-5)
