@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops._op import Array, check_device, check_whole, describe, takes_arrays
+from hubert_ecg.ops.linear import product_dtype
 
 
 @takes_arrays("x", "weight", "bias")
@@ -19,7 +21,8 @@ def positional_conv(x: Array, weight: Array, bias: Array, groups: int, residual:
 
     * direct, torch's convolution: on a GPU, where no form has been timed yet, and wherever it takes fewer operations;
     * by Fourier transforms that are matrix products over the shortest period that keeps tokens apart: on a CPU, at 93
-      tokens and 128 taps from two records on. They run in float32 where x is of half precision.
+      tokens and 128 taps from two records on. They run in float32 where x is of half precision, as the direct form does
+      on a CPU that only emulates products of it.
 
     On a CPU, products of blocks of a Toeplitz matrix (polyphase) were slower than either; products of overlapping rows
     have rows closer than they are long, which BLAS refuses and torch would copy.
@@ -50,8 +53,26 @@ def positional_conv(x: Array, weight: Array, bias: Array, groups: int, residual:
     if bias.shape != (width,) or not bias.is_floating_point():
         raise ValueError(f"positional_conv: bias must be floating point [{width}], got {describe(bias)}")
     check_device("positional_conv", x, weight=weight, bias=bias)
-    y = F.gelu((_by_fourier if _fourier_pays(x, weight) else _direct)(x, weight, bias)).to(x.dtype)
+    if _fourier_pays(x, weight):
+        y = _by_fourier(x, weight, bias)
+    elif _is_emulated(x):
+        y = _in_float32(_direct, x, weight, bias)
+    else:
+        y = _direct(x, weight, bias)
+    y = F.gelu(y).to(x.dtype)
     return x + y if residual else y
+
+
+def _is_emulated(x: Tensor) -> bool:
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return product_dtype(x.device, dtype) != dtype
+
+
+def _in_float32(form: Callable[[Tensor, Tensor, Tensor], Tensor], *given: Tensor) -> Tensor:
+    """``form`` of the given in float32 at least, whatever autocast says."""
+    with torch.autocast(given[0].device.type, enabled=False):
+        return form(*(part.to(torch.promote_types(part.dtype, torch.float32)) for part in given))
 
 
 def _fourier_pays(x: Tensor, weight: Tensor) -> bool:
@@ -76,10 +97,8 @@ def _direct(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _by_fourier(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
     # Fourier coefficients in half precision would spread the rounding of the largest token over all of them.
-    with torch.autocast(x.device.type, enabled=False):
-        return _spectral(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return _in_float32(_spectral, x, weight, bias)
 
 
 def _spectral(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,12 +61,18 @@ def test_takes_the_form_with_fewer_operations():
     assert not _fourier_pays(x.to("meta"), weight)
 
 
-def test_autocast_keeps_transforms_in_float32():
-    given = arguments(4, 93, 2, 6, 128, torch.float32)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("halves", [(), (torch.bfloat16,)], ids=["emulated", "has products"])
+def test_autocast_keeps_transforms_and_what_a_cpu_emulates_in_float32(batch, halves, monkeypatch):
+    module = sys.modules["hubert_ecg.ops.linear"]
+    monkeypatch.setattr(module, "_PRODUCTS_OF_THIS_CPU", frozenset({torch.float32, torch.float64, *halves}))
+    given = arguments(batch, 93, 2, 6, 128, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = positional_conv(*given, 2)
-    torch.testing.assert_close(y, positional_conv(*given, 2), atol=0.1, rtol=0.02)
     assert y.dtype == torch.float32
+    in_float32 = positional_conv(*given, 2)
+    torch.testing.assert_close(y, in_float32, atol=0.1, rtol=0.02)
+    assert torch.equal(y, in_float32) == (batch > 1 or not halves)
 
 
 def test_compiles_to_one_graph():
