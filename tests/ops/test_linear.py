@@ -125,6 +125,11 @@ def test_frozen_parts_get_no_gradient(emulated):
         assert [part.grad is None for part in given] == [i == frozen for i in range(3)]
 
 
+def test_the_backward_is_the_derivative():
+    with use_backend("reference"):
+        assert torch.autograd.gradcheck(OPS["linear"].call, tuple(tensors(3, dtype=torch.float64, width=5)))
+
+
 def test_compiles_in_one_graph(way):
     x, weight, bias = tensors(3)
 
