@@ -114,7 +114,7 @@ def sanitize(tool: str, *options: str) -> Part:
         kernels = "(agrees_with_reference or gradients_agree) and cuda and (native or triton)"
         cases = [*PYTEST, "tests/ops/test_every_op.py", "-k", kernels, *more]
         # Each tensor is an allocation of its own, so that what lies beside it belongs to nobody.
-        run([*command, *cases], FAIL_WITHOUT_CUDA="1", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        run([*command, *options, *cases], FAIL_WITHOUT_CUDA="1", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     return part
 

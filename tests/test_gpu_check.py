@@ -59,3 +59,16 @@ def test_a_part_that_does_not_exist_is_named(gpu):
 def test_parts_name_benchmarks_that_are_there(gpu):
     for stem in (*gpu.FEATURES, *gpu.MODEL, *gpu.STEPS, *gpu.USE):
         assert (gpu.ROOT / "benchmarks" / f"test_{stem}.py").is_file(), stem
+
+
+def test_the_sanitizer_gets_its_options_before_the_program(gpu, monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu, "run", lambda command, *_, **variables: commands.append(list(map(str, command))))
+    gpu.PARTS["memcheck"](["-x"])
+    gpu.PARTS["racecheck"]([])
+    memcheck, racecheck = commands
+    program = memcheck.index(str(gpu.PYTEST[0]))
+    assert memcheck[memcheck.index("--padding") + 1] == "64"
+    assert memcheck.index("--padding") < program
+    assert memcheck[-1] == "-x"
+    assert "--padding" not in racecheck
