@@ -58,17 +58,17 @@ class Rounded {
     for (int64_t unit = 0; unit < panels * chunks(); ++unit) {
       const int64_t chunk = unit / panels, first = unit % panels * panel;
       const char* const from = x.data<char>() + (first * step + chunk * kDepth * depth_step) * element(x);
-      pack(from, step, depth_step, std::min(panel, rows - first), depth(chunk), const_cast<float*>(units(chunk, first)),
-           const_cast<int32_t*>(pairs(chunk, first)));
+      pack(from, step, depth_step, std::min(panel, rows - first), depth(chunk), units(chunk, first),
+           pairs(chunk, first));
     }
   }
 
   int64_t chunks() const { return (depth_ + kDepth - 1) / kDepth; }
   int64_t depth(int64_t chunk) const { return std::min(kDepth, depth_ - chunk * kDepth); }
-  const float* units(int64_t chunk, int64_t first) const { return units_.get() + chunk * rows_ + first; }
-  const int32_t* pairs(int64_t chunk, int64_t first) const {
+  float* units(int64_t chunk, int64_t first) const { return units_.get() + chunk * rows_ + first; }
+  int32_t* pairs(int64_t chunk, int64_t first) const {
     const int64_t at = chunk * (kDepth / 2) * rows_ + first * ((depth(chunk) + 1) / 2);
-    return reinterpret_cast<const int32_t*>(pairs_.get()) + at;
+    return reinterpret_cast<int32_t*>(pairs_.get()) + at;
   }
 
  private:
@@ -134,16 +134,15 @@ void linear_backward_cpu(Tensor grad, Tensor x, Tensor weight, Tensor to_x, Tens
   check_matrix(grad, -1, -1, "linear_backward", "grad");
   check_matrix(x, grad.size(0), -1, "linear_backward", "x");
   check_matrix(weight, grad.size(1), x.size(1), "linear_backward", "weight");
-  check_matrix(to_x, -1, -1, "linear_backward", "to_x");
-  check_matrix(to_weight, -1, -1, "linear_backward", "to_weight");
-  if (to_x.size(0)) {
-    check_matrix(to_x, x.size(0), x.size(1), "linear_backward", "to_x");
-    product(grad, false, weight, true, nullptr, to_x);
-  }
-  if (to_weight.size(0)) {
-    check_matrix(to_weight, weight.size(0), weight.size(1), "linear_backward", "to_weight");
-    product(grad, true, x, true, nullptr, to_weight);
-  }
+  // What nobody wants is [0, 0].
+  const auto wanted = [](const Tensor& out, const Tensor& like, const char* name) {
+    const bool any = out.ndim() != 2 || out.size(0) > 0;
+    if (any) check_matrix(out, like.size(0), like.size(1), "linear_backward", name);
+    return any;
+  };
+  const bool with_x = wanted(to_x, x, "to_x"), with_weight = wanted(to_weight, weight, "to_weight");
+  if (with_x) product(grad, false, weight, true, nullptr, to_x);
+  if (with_weight) product(grad, true, x, true, nullptr, to_weight);
 }
 
 }  // namespace hubert_ecg

@@ -218,7 +218,7 @@ class TrainConfig(_Checked):
         weight_decay: Weight decay of AdamW; biases and norms are exempt.
         warmup: Share of all steps over which the learning rate rises from 0; then it falls linearly to 0.
         clip_norm: Largest norm of the gradient; 0 turns clipping off.
-        precision: auto is float32 on a CPU and bfloat16 on a GPU; bfloat16 is the faster on either.
+        precision: auto is float32 on a CPU and bfloat16 on a GPU.
         device: Where to train: auto, cpu, cuda, cuda:1, ...
         parallel: What the processes of torchrun share: ddp, gradients alone; fsdp, parameters and the optimiser's
             state too; tensor, the transformer layers too.

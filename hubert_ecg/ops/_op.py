@@ -270,6 +270,12 @@ def as_floating(what: str, x: torch.Tensor, min_samples: int = 0) -> torch.Tenso
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast wants a product of x in; None where it is off, and for float64, which it leaves alone."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else None
+
+
 def kind_of(array: Any) -> str:
     if isinstance(array, torch.Tensor):
         return "torch"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import conv_norm_gelu_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, check_real, check_whole, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, check_real, check_whole, describe, takes_arrays
 
 # Channels of one step of the kernels in csrc/conv_norm_gelu.h.
 _CHANNELS = 64
@@ -71,8 +71,7 @@ def conv_norm_gelu(
         ValueError: a wrong shape, dtype or device, named with what was given.
     """
     _check(x, weight, norm_weight, norm_bias, stride, valid, eps)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x) or x.dtype)
     if bias is not None:
         _check_tensor("bias", bias, x, (len(weight),))
         norm_bias = norm_bias + 0 * bias

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import linear_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, describe, takes_arrays
 from hubert_ecg.ops._rows import as_rows, wide
 
 _linear = Op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference.linear)
@@ -47,9 +47,10 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """``x weight^T + bias`` as :func:`torch.nn.functional.linear`, under autocast too.
 
     A CPU that only emulates products of half precision takes many times as long for them as for those of float32.
-    There this takes 16-bit integers, with one unit for 256 numbers of a row: from a hundred rows on faster than
-    float32. A sum over 256 is off by about 1e-5 of the product of both lengths, which does not show beside the rounding
-    of a result to bfloat16, unless few large numbers of a row meet zeros. What is not finite makes its row NaN.
+    There the products are of float32, and on x86 of 16-bit integers, with one unit for 256 numbers of a row: from a
+    hundred rows on faster than float32. A sum over 256 is off by about 1e-5 of the product of both lengths, which does
+    not show beside the rounding of a result to bfloat16, unless few large numbers of a row meet zeros; and what is not
+    finite makes its row NaN.
 
     >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
     tensor([[11.5000]])
@@ -72,11 +73,10 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(f"linear: bias must be floating point [{len(weight)}], got {describe(bias)}")
     check_device("linear", x, weight=weight, bias=bias)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif weight.dtype != dtype:
-        raise ValueError(f"linear: weight must be of the dtype of x ({dtype}), got {describe(weight)}")
+    wanted = autocast_dtype(x)
+    if wanted is None and weight.dtype != x.dtype:
+        raise ValueError(f"linear: weight must be of the dtype of x ({x.dtype}), got {describe(weight)}")
+    dtype = wanted or x.dtype
     if product_dtype(x.device, dtype) == dtype:
         return F.linear(x, weight, bias)
     return _linear.call(x.to(dtype), weight, bias)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_ecg.ops._op import Array, check_device, check_whole, describe, takes_arrays
+from hubert_ecg.ops._op import Array, autocast_dtype, check_device, check_whole, describe, takes_arrays
 from hubert_ecg.ops.linear import product_dtype
 
 
@@ -53,20 +53,15 @@ def positional_conv(x: Array, weight: Array, bias: Array, groups: int, residual:
     if bias.shape != (width,) or not bias.is_floating_point():
         raise ValueError(f"positional_conv: bias must be floating point [{width}], got {describe(bias)}")
     check_device("positional_conv", x, weight=weight, bias=bias)
+    dtype = autocast_dtype(x) or x.dtype
     if _fourier_pays(x, weight):
         y = _by_fourier(x, weight, bias)
-    elif _is_emulated(x):
+    elif product_dtype(x.device, dtype) != dtype:
         y = _in_float32(_direct, x, weight, bias)
     else:
         y = _direct(x, weight, bias)
     y = F.gelu(y).to(x.dtype)
     return x + y if residual else y
-
-
-def _is_emulated(x: Tensor) -> bool:
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return product_dtype(x.device, dtype) != dtype
 
 
 def _in_float32(form: Callable[[Tensor, Tensor, Tensor], Tensor], *given: Tensor) -> Tensor:

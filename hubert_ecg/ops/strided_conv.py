@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_ecg.ops import strided_conv_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, check_whole, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, check_whole, describe, takes_arrays
 from hubert_ecg.ops.linear import product_dtype
 
 _op = Op(
@@ -49,8 +49,7 @@ def strided_conv(x: Array, weight: Array, stride: int, bias: Array | None = None
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"strided_conv: x must be floating point [B, T, C], got {describe(x)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     fits = weight.ndim == 3 and weight.shape[1] == x.shape[2] and weight.is_floating_point()
     if not fits or 0 in weight.shape:
