@@ -5,8 +5,8 @@ namespace hubert_ecg {
 
 // y = (t - mean(t)) / sqrt(var(t) + eps) weight + bias for each row t = residual + dropout(x); dropout.h says which
 // elements are kept.
-//   x, residual, y (written) [N, D]; weight, bias [D]; mean, rstd [N] (written); all float32 or all float64;
-//   seed [] int64, read where dropout_p > 0
+//   x, residual, y (written) [N, D]; weight, bias [D]; mean, rstd [N] (written); all float32 or all float64, but that x
+//   and its gradient may be float16 or bfloat16 beside float32; seed [] int64, read where dropout_p > 0
 void add_norm_cpu(Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, double dropout_p, Tensor seed,
                   Tensor y, Tensor mean, Tensor rstd);
 

@@ -12,12 +12,6 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 
-inline __attribute__((always_inline)) double widen_to(double x, double) { return x; }
-template <class T>
-inline __attribute__((always_inline)) float widen_to(T x, float) {
-  return widen(x);
-}
-
 // Columns [0, 2 W), [2 W, 4 W), ... of c = a b, or c += a b: a(r, k) = a[r * pitch + k], where kTurned a[k * pitch +
 // r].
 //   b [depth][columns]; c [rows, rounded up to kRows][columns]; columns a multiple of 2 W

@@ -17,8 +17,9 @@ template <class T>
 void forward(const Tensor& x, const Tensor& bias, double p, const Tensor& seed, const Tensor& y) {
   const int64_t N = check_rows<T>(x, "bias_gelu"), D = x.size(1);
   check_like<T>(y, x, "bias_gelu", "y");
-  check_vector<T>(bias, D, "bias_gelu", "bias");
-  HUBERT_ECG_BEST(gelu_rows<T>)(x.data<T>(), bias.data<T>(), N, D, p, check_seed(seed, "bias_gelu"), y.data<T>());
+  check_vector<Wide<T>>(bias, D, "bias_gelu", "bias");
+  HUBERT_ECG_BEST(gelu_rows<T>)
+  (x.data<T>(), bias.data<Wide<T>>(), N, D, p, check_seed(seed, "bias_gelu"), y.data<T>());
 }
 
 template <class T>
@@ -28,24 +29,32 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& bias, double p,
   const int64_t N = check_rows<T>(x, op), D = x.size(1);
   check_like<T>(grad, x, op, "grad");
   check_like<T>(to_x, x, op, "to_x");
-  check_vector<T>(bias, D, op, "bias");
-  check_vector<T>(to_bias, D, op, "to_bias");
+  check_vector<Wide<T>>(bias, D, op, "bias");
+  check_vector<Wide<T>>(to_bias, D, op, "to_bias");
   const int64_t* const key = check_seed(seed, op);
-  for_rows(N, D, to_bias.data<T>(), [&](int64_t first, int64_t last, T* partial) {
+  for_rows(N, D, to_bias.data<Wide<T>>(), [&](int64_t first, int64_t last, Wide<T>* partial) {
     HUBERT_ECG_BEST(gelu_rows_backward<T>)
-    (grad.data<T>(), x.data<T>(), bias.data<T>(), first, last, D, p, key, to_x.data<T>(), partial);
+    (grad.data<T>(), x.data<T>(), bias.data<Wide<T>>(), first, last, D, p, key, to_x.data<T>(), partial);
   });
 }
 
 }  // namespace
 
 void bias_gelu_cpu(Tensor x, Tensor bias, double dropout_p, Tensor seed, Tensor y) {
-  (x.is<double>() ? forward<double> : forward<float>)(x, bias, dropout_p, seed, y);
+  const auto run = x.is<double>()     ? forward<double>
+                   : x.is<BFloat16>() ? forward<BFloat16>
+                   : x.is<Float16>()  ? forward<Float16>
+                                      : forward<float>;
+  run(x, bias, dropout_p, seed, y);
 }
 
 void bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor bias, double dropout_p, Tensor seed, Tensor to_x,
                             Tensor to_bias) {
-  (x.is<double>() ? backward<double> : backward<float>)(grad, x, bias, dropout_p, seed, to_x, to_bias);
+  const auto run = x.is<double>()     ? backward<double>
+                   : x.is<BFloat16>() ? backward<BFloat16>
+                   : x.is<Float16>()  ? backward<Float16>
+                                      : backward<float>;
+  run(grad, x, bias, dropout_p, seed, to_x, to_bias);
 }
 
 }  // namespace hubert_ecg

@@ -1,5 +1,6 @@
 // The inner loops of bias_gelu.cpp for one instruction set (every_isa.h).
 #include "dropped_rows_simd.h"
+#include "halves_simd.h"
 
 namespace HUBERT_ECG_ISA {
 
@@ -29,44 +30,47 @@ inline __attribute__((always_inline)) float below(float a, float bell) {
 inline __attribute__((always_inline)) double below(double a, double) { return 0.5 * std::erfc(-a * std::sqrt(0.5)); }
 
 template <class T, bool kDropout>
-HUBERT_ECG_TARGET static void gelu_row(const T* x, const T* bias, int64_t D, Dropout<T> kept, T* y) {
+HUBERT_ECG_TARGET static void gelu_row(const T* x, const Wide<T>* bias, int64_t D, Dropout<Wide<T>> kept, T* y) {
+  using Number = Wide<T>;
 #pragma omp simd
   for (int32_t d = 0; d < int32_t(D); ++d) {
-    const T a = x[d] + bias[d], value = a * below(a, decay(a * a * T(-0.5)));
-    y[d] = kDropout ? value * kept(d) : value;
+    const Number a = widen_to(x[d], Number()) + bias[d], value = a * below(a, decay(a * a * Number(-0.5)));
+    narrow(kDropout ? value * kept(d) : value, y[d]);
   }
 }
 
 template <class T, bool kDropout>
-HUBERT_ECG_TARGET static void gelu_row_backward(const T* grad, const T* x, const T* bias, int64_t D, Dropout<T> kept,
-                                                T* to_x, T* to_bias) {
+HUBERT_ECG_TARGET static void gelu_row_backward(const T* grad, const T* x, const Wide<T>* bias, int64_t D,
+                                                Dropout<Wide<T>> kept, T* to_x, Wide<T>* to_bias) {
+  using Number = Wide<T>;
 #pragma omp simd
   for (int32_t d = 0; d < int32_t(D); ++d) {
-    const T a = x[d] + bias[d], bell = decay(a * a * T(-0.5));
-    const T slope = below(a, bell) + a * bell * T(0.3989422804014327);
-    const T value = (kDropout ? grad[d] * kept(d) : grad[d]) * slope;
-    to_x[d] = value;
+    const Number a = widen_to(x[d], Number()) + bias[d], bell = decay(a * a * Number(-0.5));
+    const Number slope = below(a, bell) + a * bell * Number(0.3989422804014327), own = widen_to(grad[d], Number());
+    const Number value = (kDropout ? own * kept(d) : own) * slope;
+    narrow(value, to_x[d]);
     to_bias[d] += value;
   }
 }
 
 template <class T>
-HUBERT_ECG_TARGET static void gelu_rows(const T* x, const T* bias, int64_t N, int64_t D, double p, const int64_t* seed,
-                                        T* y) {
+HUBERT_ECG_TARGET static void gelu_rows(const T* x, const Wide<T>* bias, int64_t N, int64_t D, double p,
+                                        const int64_t* seed, T* y) {
   const auto run = p > 0 ? gelu_row<T, true> : gelu_row<T, false>;
 #pragma omp parallel for if (N * D > 16384)
   for (int64_t n = 0; n < N; ++n) {
-    Dropout<T> kept(p, seed);
+    Dropout<Wide<T>> kept(p, seed);
     kept.at(n * D);
     run(x + n * D, bias, D, kept, y + n * D);
   }
 }
 
 template <class T>
-HUBERT_ECG_TARGET static void gelu_rows_backward(const T* grad, const T* x, const T* bias, int64_t first, int64_t last,
-                                                 int64_t D, double p, const int64_t* seed, T* to_x, T* to_bias) {
+HUBERT_ECG_TARGET static void gelu_rows_backward(const T* grad, const T* x, const Wide<T>* bias, int64_t first,
+                                                 int64_t last, int64_t D, double p, const int64_t* seed, T* to_x,
+                                                 Wide<T>* to_bias) {
   const auto run = p > 0 ? gelu_row_backward<T, true> : gelu_row_backward<T, false>;
-  Dropout<T> kept(p, seed);
+  Dropout<Wide<T>> kept(p, seed);
   for (int64_t n = first; n < last; ++n) {
     kept.at(n * D);
     run(grad + n * D, x + n * D, bias, D, kept, to_x + n * D, to_bias);

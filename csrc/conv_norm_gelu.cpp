@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "isa.h"
 
@@ -15,9 +16,10 @@ struct Sizes {
   int64_t B, S, F, C, P, k;
 };
 
-template <class T>
+template <class Y>
 Sizes check(const char* op, const Tensor& x, const Tensor& taps, const Tensor& offset, const char* name,
             const Tensor& frames, int64_t stride) {
+  using T = Wide<Y>;
   HUBERT_ECG_CHECK(x.is<T>() && x.contiguous() && x.ndim() == 2, op, ": x must be contiguous [B, S], got ", x);
   HUBERT_ECG_CHECK(taps.is<T>() && taps.contiguous() && taps.ndim() == 3 && taps.size(0) == x.size(0) &&
                        taps.size(1) >= 1 && taps.size(2) % kConvChannels == 0,
@@ -29,16 +31,19 @@ Sizes check(const char* op, const Tensor& x, const Tensor& taps, const Tensor& o
       x.size(0),    x.size(1),   frames.ndim() == 3 ? frames.size(1) : 0, frames.ndim() == 3 ? frames.size(2) : 0,
       taps.size(2), taps.size(1)};
   HUBERT_ECG_CHECK(stride >= 1 && n.S >= n.k, op, ": stride must be at least 1 and x as long as a window");
-  HUBERT_ECG_CHECK(frames.is<T>() && frames.contiguous() && frames.ndim() == 3 && frames.size(0) == n.B &&
+  HUBERT_ECG_CHECK(frames.is<Y>() && frames.contiguous() && frames.ndim() == 3 && frames.size(0) == n.B &&
                        n.F == (n.S - n.k) / stride + 1 && n.P - n.C >= 0 && n.P - n.C < kConvChannels,
-                   op, ": ", name, " must be contiguous [B, F, C] of the type of x, got ", frames);
+                   op, ": ", name,
+                   " must be contiguous [B, F, C] of the type of x, or of half precision where that is float32, got ",
+                   frames);
   return n;
 }
 
-template <class T>
+template <class Y>
 void forward(const Tensor& x, const Tensor& taps, const Tensor& offset, const Tensor& y, int64_t stride) {
-  const Sizes n = check<T>("conv_norm_gelu", x, taps, offset, "y", y, stride);
-  const auto kernel = HUBERT_ECG_BEST(conv_forward<T>);
+  using T = Wide<Y>;
+  const Sizes n = check<Y>("conv_norm_gelu", x, taps, offset, "y", y, stride);
+  const auto kernel = HUBERT_ECG_BEST(conv_forward<Y>);
   constexpr int64_t kFrames = 128;
   const int64_t parts = (n.F + kFrames - 1) / kFrames;
 #pragma omp parallel for collapse(2) if (n.B * n.F * n.C > 65536)
@@ -46,16 +51,17 @@ void forward(const Tensor& x, const Tensor& taps, const Tensor& offset, const Te
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = part * kFrames, frames = std::min(kFrames, n.F - begin);
       kernel(x.data<T>() + b * n.S + begin * stride, stride, frames, n.k, taps.data<T>() + b * n.k * n.P,
-             offset.data<T>() + b * n.P, n.P, n.C, y.data<T>() + (b * n.F + begin) * n.C);
+             offset.data<T>() + b * n.P, n.P, n.C, y.data<Y>() + (b * n.F + begin) * n.C);
     }
   }
 }
 
-template <class T>
+template <class Y>
 void backward(const Tensor& grad, const Tensor& x, const Tensor& taps, const Tensor& offset, const Tensor& sums,
               const Tensor& windows, int64_t stride) {
+  using T = Wide<Y>;
   const char* const op = "conv_norm_gelu_backward";
-  const Sizes n = check<T>(op, x, taps, offset, "grad", grad, stride);
+  const Sizes n = check<Y>(op, x, taps, offset, "grad", grad, stride);
   const int64_t parts = n.P / kConvChannels;
   HUBERT_ECG_CHECK(sums.is<double>() && sums.contiguous() && sums.ndim() == 3 && sums.size(0) == n.B &&
                        sums.size(1) == n.k + 1 && sums.size(2) == n.P,
@@ -64,12 +70,12 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& taps, const Ten
                        (windows.size(0) == 0 || (windows.size(0) == parts && windows.size(1) == n.B &&
                                                  windows.size(2) == n.F && windows.size(3) == n.k)),
                    op, ": windows must be contiguous [P / 64, B, F, k] of the type of x or empty, got ", windows);
-  const auto kernel = HUBERT_ECG_BEST(conv_backward<T>);
+  const auto kernel = HUBERT_ECG_BEST(conv_backward<Y>);
 #pragma omp parallel for collapse(2) if (n.B * n.F * n.C > 65536)
   for (int64_t b = 0; b < n.B; ++b) {
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t c = part * kConvChannels;
-      kernel(grad.data<T>() + b * n.F * n.C + c, n.C, std::min(kConvChannels, n.C - c), x.data<T>() + b * n.S, stride,
+      kernel(grad.data<Y>() + b * n.F * n.C + c, n.C, std::min(kConvChannels, n.C - c), x.data<T>() + b * n.S, stride,
              n.F, n.k, taps.data<T>() + b * n.k * n.P + c, offset.data<T>() + b * n.P + c, n.P,
              sums.data<double>() + b * (n.k + 1) * n.P + c,
              windows.size(0) ? windows.data<T>() + (part * n.B + b) * n.F * n.k : nullptr);
@@ -80,13 +86,20 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& taps, const Ten
 }  // namespace
 
 void conv_norm_gelu_cpu(Tensor x, Tensor taps, Tensor offset, Tensor y, int64_t stride) {
-  x.is<double>() ? forward<double>(x, taps, offset, y, stride) : forward<float>(x, taps, offset, y, stride);
+  const auto run = y.is<double>()     ? forward<double>
+                   : y.is<BFloat16>() ? forward<BFloat16>
+                   : y.is<Float16>()  ? forward<Float16>
+                                      : forward<float>;
+  run(x, taps, offset, y, stride);
 }
 
 void conv_norm_gelu_backward_cpu(Tensor grad, Tensor x, Tensor taps, Tensor offset, Tensor sums, Tensor windows,
                                  int64_t stride) {
-  x.is<double>() ? backward<double>(grad, x, taps, offset, sums, windows, stride)
-                 : backward<float>(grad, x, taps, offset, sums, windows, stride);
+  const auto run = grad.is<double>()     ? backward<double>
+                   : grad.is<BFloat16>() ? backward<BFloat16>
+                   : grad.is<Float16>()  ? backward<Float16>
+                                         : backward<float>;
+  run(grad, x, taps, offset, sums, windows, stride);
 }
 
 }  // namespace hubert_ecg

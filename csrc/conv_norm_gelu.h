@@ -10,7 +10,8 @@ constexpr int64_t kConvChannels = 64;
 
 // y = gelu(n), n[b, f, c] = offset[b, c] + sum_j x[b, stride f + j] taps[b, j, c]: a convolution with the norm after it
 // folded into taps and offset.
-//   x [B, S] float or double, taps [B, k, P] and offset [B, P] with P = C rounded up to 64, y [B, F, C] (written)
+//   x [B, S] float or double, taps [B, k, P] and offset [B, P] with P = C rounded up to 64, y [B, F, C] (written);
+//   of float32 x, y and its gradient may be float16 or bfloat16
 void conv_norm_gelu_cpu(Tensor x, Tensor taps, Tensor offset, Tensor y, int64_t stride);
 
 // What the backward needs of g = grad * gelu'(n):

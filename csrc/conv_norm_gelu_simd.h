@@ -1,4 +1,5 @@
 // The inner loops of conv_norm_gelu.cpp for one instruction set (every_isa.h).
+#include "halves_simd.h"
 #include "vectors_simd.h"
 
 #define HUBERT_ECG_INLINE HUBERT_ECG_TARGET static inline __attribute__((always_inline))
@@ -44,18 +45,32 @@ HUBERT_ECG_INLINE void normal(V<double> x, V<double>& below, V<double>& density)
   }
 }
 
-template <class T>
-HUBERT_ECG_INLINE V<T> load_some(const T* from, int64_t count) {
-  if (count >= Simd<T>::width) return load<V<T>>(from);
-  V<T> v{};
-  if (count > 0) __builtin_memcpy(&v, from, count * sizeof(T));
-  return v;
+// The first `count` numbers in memory, then zeros.
+template <class Y, class T = Wide<Y>>
+HUBERT_ECG_INLINE V<T> load_some(const Y* from, int64_t count) {
+  constexpr int W = Simd<T>::width;
+  Y some[W] = {};
+  if (count < W) {
+    if (count > 0) __builtin_memcpy(some, from, count * sizeof(Y));
+    from = some;
+  }
+  if constexpr (std::is_same_v<Y, T>) return load<V<T>>(from);
+  T wide[W];
+#pragma omp simd
+  for (int i = 0; i < W; ++i) wide[i] = widen_to(from[i], T());
+  return load<V<T>>(wide);
 }
 
-template <class T>
-HUBERT_ECG_INLINE void store_some(T* to, V<T> v, int64_t count) {
-  if (count >= Simd<T>::width) return store(to, v);
-  if (count > 0) __builtin_memcpy(to, &v, count * sizeof(T));
+template <class Y, class T = Wide<Y>>
+HUBERT_ECG_INLINE void store_some(Y* to, V<T> v, int64_t count) {
+  constexpr int W = Simd<T>::width;
+  T wide[W];
+  Y some[W];
+  store(wide, v);
+  Y* const at = count < W ? some : to;
+#pragma omp simd
+  for (int i = 0; i < W; ++i) narrow(wide[i], at[i]);
+  if (count > 0 && count < W) __builtin_memcpy(to, some, count * sizeof(Y));
 }
 
 // n of R frames and two vectors of channels.
@@ -79,9 +94,9 @@ HUBERT_ECG_INLINE void convolve(const T* x, int64_t stride, int64_t k, const T* 
   }
 }
 
-template <class T, int R>
+template <class Y, int R, class T = Wide<Y>>
 HUBERT_ECG_INLINE void forward_frames(const T* x, int64_t stride, int64_t k, const T* taps, const T* offset, int64_t P,
-                                      int64_t C, T* y) {
+                                      int64_t C, Y* y) {
   constexpr int W = Simd<T>::width;
   for (int64_t c = 0; c < C; c += 2 * W) {
     V<T> n[R][2];
@@ -97,17 +112,17 @@ HUBERT_ECG_INLINE void forward_frames(const T* x, int64_t stride, int64_t k, con
 }
 
 // Frames [0, F) of one record.
-template <class T>
+template <class Y, class T = Wide<Y>>
 HUBERT_ECG_TARGET static void conv_forward(const T* x, int64_t stride, int64_t F, int64_t k, const T* taps,
-                                           const T* offset, int64_t P, int64_t C, T* y) {
+                                           const T* offset, int64_t P, int64_t C, Y* y) {
   int64_t f = 0;
-  for (; f + 4 <= F; f += 4) forward_frames<T, 4>(x + f * stride, stride, k, taps, offset, P, C, y + f * C);
-  for (; f < F; ++f) forward_frames<T, 1>(x + f * stride, stride, k, taps, offset, P, C, y + f * C);
+  for (; f + 4 <= F; f += 4) forward_frames<Y, 4>(x + f * stride, stride, k, taps, offset, P, C, y + f * C);
+  for (; f < F; ++f) forward_frames<Y, 1>(x + f * stride, stride, k, taps, offset, P, C, y + f * C);
 }
 
 // g of R frames and kConvChannels channels, of which `channels` exist; adds its sum to `total`.
-template <class T, int R>
-HUBERT_ECG_INLINE void gradient_frames(const T* grad, int64_t C, int64_t channels, const T* x, int64_t stride,
+template <class Y, int R, class T = Wide<Y>>
+HUBERT_ECG_INLINE void gradient_frames(const Y* grad, int64_t C, int64_t channels, const T* x, int64_t stride,
                                        int64_t k, const T* taps, const T* offset, int64_t P, T* g, T* total) {
   constexpr int W = Simd<T>::width;
   for (int64_t c = 0; c < kConvChannels; c += 2 * W) {
@@ -152,8 +167,8 @@ HUBERT_ECG_INLINE void products(const T* x, int64_t stride, int64_t frames, cons
 }
 
 // One record and kConvChannels channels. Sums run in T over 64 frames, then in double.
-template <class T>
-HUBERT_ECG_TARGET static void conv_backward(const T* grad, int64_t C, int64_t channels, const T* x, int64_t stride,
+template <class Y, class T = Wide<Y>>
+HUBERT_ECG_TARGET static void conv_backward(const Y* grad, int64_t C, int64_t channels, const T* x, int64_t stride,
                                             int64_t F, int64_t k, const T* taps, const T* offset, int64_t P,
                                             double* sums, T* windows) {
   constexpr int64_t kFrames = 64;
@@ -166,10 +181,10 @@ HUBERT_ECG_TARGET static void conv_backward(const T* grad, int64_t C, int64_t ch
     alignas(64) T total[kConvChannels] = {};
     int64_t f = 0;
     for (; f + 4 <= frames; f += 4)
-      gradient_frames<T, 4>(grad + (begin + f) * C, C, channels, own + f * stride, stride, k, taps, offset, P,
+      gradient_frames<Y, 4>(grad + (begin + f) * C, C, channels, own + f * stride, stride, k, taps, offset, P,
                             g + f * kConvChannels, total);
     for (; f < frames; ++f)
-      gradient_frames<T, 1>(grad + (begin + f) * C, C, channels, own + f * stride, stride, k, taps, offset, P,
+      gradient_frames<Y, 1>(grad + (begin + f) * C, C, channels, own + f * stride, stride, k, taps, offset, P,
                             g + f * kConvChannels, total);
     for (int64_t c = 0; c < kConvChannels; ++c) sums[k * P + c] += double(total[c]);
     int64_t j = 0;

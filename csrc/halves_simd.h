@@ -25,6 +25,13 @@ inline __attribute__((always_inline)) float widen(Float16 x) {
   return bits_as_float(float_as_bits(value) | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | sign);
 }
 
+// To the type that a sum is kept in.
+inline __attribute__((always_inline)) double widen_to(double x, double) { return x; }
+template <class T>
+inline __attribute__((always_inline)) float widen_to(T x, float) {
+  return widen(x);
+}
+
 // To the nearest, ties to even; NaN stays NaN.
 inline __attribute__((always_inline)) void narrow(float x, float& to) { to = x; }
 inline __attribute__((always_inline)) void narrow(double x, double& to) { to = x; }

@@ -11,7 +11,10 @@ namespace hubert_ecg {
 // are joined in float32. Each is off by about 1e-5 of the product of both lengths. A row that is not finite gives NaN;
 // one shorter than 1e-33 counts as zeros.
 //
-// Each matrix is float32, float16 or bfloat16. y = x weight^T + bias:
+// Each matrix is float32, float16 or bfloat16: [M, K], or [B, F, K] for M = B F rows. Only the numbers of a row lie
+// side by side; rows may be apart, and those that are read may overlap, as the windows of a convolution do.
+//
+// y = x weight^T + bias:
 //   x [M, K]; weight [N, K]; bias [N] float32, [0]: none; y [M, N] (written)
 void linear_cpu(Tensor x, Tensor weight, Tensor bias, Tensor y);
 //   grad [M, N]; x [M, K]; weight [N, K]; to_x [M, K] = grad weight, to_weight [N, K] = grad^T x (written; [0, 0]: not)

@@ -20,38 +20,39 @@ HUBERT_ECG_TARGET static inline float factor_of(double squares, float& unit) {
 HUBERT_ECG_TARGET static inline int32_t nearest(float x) { return int32_t(float_as_bits(x + float(3 << 22))); }
 
 // Rounds P rows of `depth` numbers, of which `rows` are there, each in a unit of its own, in pairs.
-//   x[row * row_step + k * depth_step]; units [P], pairs [depth / 2, rounded up][P] (written)
-template <class T, int P>
-HUBERT_ECG_TARGET static void pack(const void* matrix, int64_t row_step, int64_t depth_step, int64_t rows,
-                                   int64_t depth, float* units, int32_t* pairs) {
-  const T* const x = static_cast<const T*>(matrix);
-  if (row_step == 1 && rows == P) {
+//   from [rows], of `depth` numbers each; transposed: [depth], of `rows`
+//   units [P], pairs [depth / 2, rounded up][P] (written)
+template <class T, int P, bool kTransposed>
+HUBERT_ECG_TARGET static void pack(const void* const* from, int64_t rows, int64_t depth, float* units, int32_t* pairs) {
+  const T* const* const x = reinterpret_cast<const T* const*>(from);
+  if (kTransposed && rows == P) {
     double squares[P] = {};
     float factors[P];
     for (int64_t k = 0; k < depth; ++k)
 #pragma omp simd
-      for (int p = 0; p < P; ++p) squares[p] += double(widen(x[k * depth_step + p])) * widen(x[k * depth_step + p]);
+      for (int p = 0; p < P; ++p) squares[p] += double(widen(x[k][p])) * widen(x[k][p]);
     for (int p = 0; p < P; ++p) factors[p] = factor_of(squares[p], units[p]);
     for (int64_t k = 0; k + 1 < depth; k += 2, pairs += P) {
-      const T *const low = x + k * depth_step, *const high = low + depth_step;
+      const T *const low = x[k], *const high = x[k + 1];
 #pragma omp simd
       for (int p = 0; p < P; ++p)
         pairs[p] = (nearest(widen(low[p]) * factors[p]) & 0xffff) | nearest(widen(high[p]) * factors[p]) << 16;
     }
     if (depth % 2)
-      for (int p = 0; p < P; ++p) pairs[p] = nearest(widen(x[(depth - 1) * depth_step + p]) * factors[p]) & 0xffff;
+      for (int p = 0; p < P; ++p) pairs[p] = nearest(widen(x[depth - 1][p]) * factors[p]) & 0xffff;
     return;
   }
   float wide[kDepth];
   alignas(64) int16_t rounded[P][kDepth];
   for (int p = 0; p < P; ++p) {
     // Behind the last row comes nothing.
-    const T* const row = x + std::min<int64_t>(p, rows - 1) * row_step;
-    if (depth_step == 1) {
-#pragma omp simd
-      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(row[k]);
+    const int64_t row = std::min<int64_t>(p, rows - 1);
+    if (kTransposed) {
+      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(x[k][row]);
     } else {
-      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(row[k * depth_step]);
+      const T* const own = x[row];
+#pragma omp simd
+      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(own[k]);
     }
     double squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -124,6 +125,10 @@ HUBERT_ECG_TARGET static void finish(const float* c, const float* bias, int64_t 
 }
 
 template <class T>
-constexpr Kernels kernels = {kColumns, pack<T, kRows>, pack<T, kColumns>, multiply, finish<T>};
+constexpr Kernels kernels = {kColumns,
+                             {pack<T, kRows, false>, pack<T, kRows, true>},
+                             {pack<T, kColumns, false>, pack<T, kColumns, true>},
+                             multiply,
+                             finish<T>};
 
 }  // namespace HUBERT_ECG_ISA

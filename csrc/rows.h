@@ -12,7 +12,7 @@ namespace hubert_ecg {
 template <class T>
 int64_t check_rows(const Tensor& x, const char* op) {
   HUBERT_ECG_CHECK(x.is<T>() && x.contiguous() && x.ndim() == 2, op,
-                   ": x must be contiguous float32 or float64 [N, D], got ", x);
+                   ": x must be contiguous floating point [N, D], got ", x);
   return x.size(0);
 }
 
@@ -20,13 +20,13 @@ template <class T>
 void check_like(const Tensor& x, const Tensor& like, const char* op, const char* name) {
   HUBERT_ECG_CHECK(
       x.is<T>() && x.contiguous() && x.ndim() == 2 && x.size(0) == like.size(0) && x.size(1) == like.size(1), op, ": ",
-      name, " must be like x, ", like, ", got ", x);
+      name, " must have the shape of x, ", like, ", and the dtype that goes with it, got ", x);
 }
 
 template <class T>
 void check_vector(const Tensor& x, int64_t size, const char* op, const char* name) {
   HUBERT_ECG_CHECK(x.is<T>() && x.contiguous() && x.ndim() == 1 && x.size(0) == size, op, ": ", name,
-                   " must be contiguous [", size, "] of the dtype of x, got ", x);
+                   " must be contiguous [", size, "] of the dtype that x is computed in, got ", x);
 }
 
 inline const int64_t* check_seed(const Tensor& seed, const char* op) {

@@ -4,6 +4,7 @@
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
+#include <type_traits>
 
 namespace hubert_ecg {
 
@@ -28,6 +29,10 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+
+// What kernels compute numbers of this type in.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 class Tensor {
  public:

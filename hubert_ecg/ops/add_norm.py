@@ -91,7 +91,8 @@ def _(grad, x, residual, weight, mean, rstd, dropout_p, seed):
 
 @_add_norm.native
 def _(kernel, x, residual, weight, bias, eps, dropout_p, seed):
-    added, rows = as_rows(x, wide(residual)), as_rows(residual)
+    rows = as_rows(residual)
+    added = _beside(rows, x)
     y, mean, rstd = torch.empty_like(rows), rows.new_empty(len(rows)), rows.new_empty(len(rows))
     parameters = (t.to(rows.dtype).contiguous() for t in (weight, bias))
     kernel(added, rows, *parameters, eps, dropout_p, _dropout.stored(seed, x), y, mean, rstd)
@@ -102,11 +103,18 @@ def _(kernel, x, residual, weight, bias, eps, dropout_p, seed):
 def _(kernel, grad, x, residual, weight, mean, rstd, dropout_p, seed):
     rows = as_rows(residual)
     gain, *statistics = (t.to(rows.dtype).flatten().contiguous() for t in (weight, mean, rstd))
-    to_x, to_residual, to_weight, to_bias = (torch.empty_like(t) for t in (rows, rows, gain, gain))
-    given = (as_rows(grad), as_rows(x, rows.dtype), rows, gain, *statistics)
+    added = _beside(rows, x)
+    to_x, to_residual, to_weight, to_bias = (torch.empty_like(t) for t in (added, rows, gain, gain))
+    given = (as_rows(grad), added, rows, gain, *statistics)
     kernel(*given, dropout_p, _dropout.stored(seed, x), to_x, to_residual, to_weight, to_bias)
     to_x, to_residual = to_x.view(x.shape).to(x.dtype), to_residual.view(x.shape).to(residual.dtype)
     return to_x, to_residual, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
+
+
+def _beside(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows of x in a dtype that the kernel takes beside that of the residual's rows."""
+    half = rows.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+    return as_rows(x, x.dtype if half else rows.dtype)
 
 
 @_add_norm.triton

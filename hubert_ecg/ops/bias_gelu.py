@@ -8,7 +8,7 @@ from torch import Tensor
 from hubert_ecg.ops import _dropout
 from hubert_ecg.ops import bias_gelu_reference as reference
 from hubert_ecg.ops._op import Array, Op, check_device, describe, takes_arrays
-from hubert_ecg.ops._rows import as_rows
+from hubert_ecg.ops._rows import as_rows, wide
 
 _bias_gelu = Op("bias_gelu(Tensor x, Tensor bias, float dropout_p, Tensor? seed) -> Tensor", reference.bias_gelu)
 _backward = Op(
@@ -59,19 +59,18 @@ def _(grad, x, bias, dropout_p, seed):
 
 @_bias_gelu.native
 def _(kernel, x, bias, dropout_p, seed):
-    rows = as_rows(x)
+    rows = as_rows(x, x.dtype)
     y = torch.empty_like(rows)
-    kernel(rows, bias.to(rows.dtype).contiguous(), dropout_p, _dropout.stored(seed, x), y)
-    return y.view(x.shape).to(x.dtype)
+    kernel(rows, bias.to(wide(x)).contiguous(), dropout_p, _dropout.stored(seed, x), y)
+    return y.view(x.shape)
 
 
 @_backward.native
 def _(kernel, grad, x, bias, dropout_p, seed):
-    rows = as_rows(x)
-    offset = bias.to(rows.dtype).contiguous()
+    rows, offset = as_rows(x, x.dtype), bias.to(wide(x)).contiguous()
     to_x, to_bias = torch.empty_like(rows), torch.empty_like(offset)
-    kernel(as_rows(grad), rows, offset, dropout_p, _dropout.stored(seed, x), to_x, to_bias)
-    return to_x.view(x.shape).to(x.dtype), to_bias.to(bias.dtype)
+    kernel(as_rows(grad, x.dtype), rows, offset, dropout_p, _dropout.stored(seed, x), to_x, to_bias)
+    return to_x.view(x.shape), to_bias.to(bias.dtype)
 
 
 @_bias_gelu.triton

@@ -241,8 +241,8 @@ def _gradients(
     )
 
 
-def _output(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty(len(x), (x.shape[1] - weight.shape[1]) // stride + 1, len(weight), dtype=dtype)
+def _output(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return x.new_empty(len(x), (x.shape[1] - weight.shape[1]) // stride + 1, len(weight))
 
 
 @_op.fake
@@ -277,9 +277,9 @@ def _(kernels, grad, x, weight, norm_weight, norm_bias, stride, valid=None, eps=
 @_op.native
 def _(kernel, x, weight, norm_weight, norm_bias, stride, valid=None, eps=1e-5):
     folded = _fold(x, weight, norm_weight, norm_bias, stride, valid, eps)
-    y = _output(x, weight, stride, folded.x.dtype)
+    y = _output(x, weight, stride)
     kernel(folded.x, *_padded(folded), y, stride)
-    return y.to(x.dtype)
+    return y
 
 
 @_backward.native
@@ -289,7 +289,7 @@ def _(kernel, grad, x, weight, norm_weight, norm_bias, stride, valid=None, eps=1
     padded, offset = _padded(folded)
     sums = padded.new_empty(batch, taps + 1, padded.shape[2], dtype=torch.float64)
     windows = padded.new_empty(padded.shape[2] // _CHANNELS if with_input else 0, batch, frames, taps)
-    kernel(grad.to(padded.dtype).contiguous(), folded.x, padded, offset, sums, windows, stride)
+    kernel(grad.to(x.dtype).contiguous(), folded.x, padded, offset, sums, windows, stride)
     sums = sums[..., :channels]
     through = windows.sum(0) if with_input else None
     given = (x, weight, norm_weight, norm_bias, stride, valid)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hubert_ecg import native
 from hubert_ecg.ops import linear_reference as reference
 from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, describe, takes_arrays
 from hubert_ecg.ops._rows import as_rows, wide
@@ -113,6 +116,16 @@ def _(kernel, grad, x, weight, with_x=True, with_weight=True, with_bias=True):
     kernel(own, as_rows(x, x.dtype), factors, *outputs)
     to_bias = own.sum(0, dtype=torch.float32) if with_bias else torch.empty(0, dtype=torch.float32)
     return to_x, to_weight.to(weight.dtype), to_bias
+
+
+def integer_kernels(x: Tensor) -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """The kernels of ``linear`` and its backward, where products of the dtype of x would be emulated, and they are built.
+
+    As csrc/linear.h says, they take the rows of [B, F, D] wherever these lie.
+    """
+    forward, backward = (native.find(op.name, x.device.type) for op in (_linear, _backward))
+    wanted = x.dtype in (torch.float16, torch.bfloat16) and product_dtype(x.device, x.dtype) != x.dtype
+    return (forward, backward) if wanted and forward is not None and backward is not None else None
 
 
 def _at_most_float32(weight: Tensor) -> Tensor:
