@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,21 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HUBERT_ECG_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def set_products(monkeypatch):
+    """``set_products(dtypes)``: a CPU whose products of half precision are of these dtypes; others it emulates."""
+    # The package has the function under the module's name.
+    module = sys.modules["hubert_ecg.ops.linear"]
+
+    def choose(halves):
+        monkeypatch.setattr(module, "_PRODUCTS_OF_THIS_CPU", frozenset({torch.float32, torch.float64, *halves}))
+
+    return choose
+
+
+@pytest.fixture
+def emulated(set_products):
+    """A CPU without products of half precision."""
+    set_products(())

@@ -119,9 +119,9 @@ def _(kernel, grad, x, weight, with_x=True, with_weight=True, with_bias=True):
 
 
 def integer_kernels(x: Tensor) -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The kernels of ``linear`` and its backward, where products of the dtype of x would be emulated, and they are built.
+    """The kernels of ``linear`` and of its backward: None where they are not built, or products of x not emulated.
 
-    As csrc/linear.h says, they take the rows of [B, F, D] wherever these lie.
+    They take rows that lie anywhere, see csrc/linear.h.
     """
     forward, backward = (native.find(op.name, x.device.type) for op in (_linear, _backward))
     wanted = x.dtype in (torch.float16, torch.bfloat16) and product_dtype(x.device, x.dtype) != x.dtype

@@ -69,25 +69,25 @@ def strided_conv(x: Array, weight: Array, stride: int, bias: Array | None = None
     return _op.call(x, weight, stride, bias)
 
 
+def _windows(x: Tensor, count: int, taps: int, stride: int) -> Tensor:
+    """A view ``[B, count, taps * C]`` of x, [B, T, C]: ``taps`` samples side by side, every ``stride`` samples."""
+    channels = x.shape[2]
+    return x.as_strided((len(x), count, taps * channels), (x.stride(0), stride * channels, 1))
+
+
 def _blocks(x: Tensor, frames: int, kernel: int, stride: int) -> list[tuple[slice, Tensor]]:
-    """Up to ``stride`` taps at a time: their rows of the weight, and a view ``[B, F, taps * C]`` of x, [B, T, C]."""
+    """Up to ``stride`` taps at a time: their rows of the weight, and their windows of x, which do not overlap."""
     channels, found = x.shape[2], []
     for first in range(0, kernel, stride):
-        last = min(first + stride, kernel)
-        size, strides = (len(x), frames, (last - first) * channels), (x.stride(0), stride * channels, 1)
-        taps = slice(first * channels, last * channels)
-        found.append((taps, x.as_strided(size, strides, x.storage_offset() + first * channels)))
+        count = min(stride, kernel - first)
+        rows = slice(first * channels, (first + count) * channels)
+        found.append((rows, _windows(x[:, first:], frames, count, stride)))
     return found
 
 
 def _rows(weight: Tensor) -> Tensor:
     """``[k * C, N]`` of a weight ``[N, C, k]``."""
     return weight.permute(2, 1, 0).reshape(-1, len(weight))
-
-
-def _windows(x: Tensor, count: int, taps: int, stride: int) -> Tensor:
-    """A view ``[B, count, taps * C]`` of x, contiguous [B, T, C]: ``taps`` samples each, ``stride`` samples apart."""
-    return x.as_strided((len(x), count, taps * x.shape[2]), (x.stride(0), stride * x.shape[2], 1))
 
 
 def _by_integers(kernel, x, weight, stride, bias):
@@ -138,8 +138,8 @@ def _(x, weight, stride, bias=None):
     z = rows.new_empty(len(x), frames, len(weight))
     if bias is not None:
         z.copy_(bias.expand_as(z))
-    for taps, block in _blocks(x.to(dtype).contiguous(), frames, kernel, stride):
-        z.baddbmm_(block, rows[:, taps], beta=0 if taps.start == 0 and bias is None else 1)
+    for part, block in _blocks(x.to(dtype).contiguous(), frames, kernel, stride):
+        z.baddbmm_(block, rows[:, part], beta=0 if part.start == 0 and bias is None else 1)
     return z.to(x.dtype)
 
 
@@ -152,8 +152,8 @@ def _(grad, x, weight, stride, with_input=True):
     frames, wide, rows, own = grad.shape[1], x.to(dtype).contiguous(), _rows(weight).to(dtype), grad.to(dtype)
     grad_x = wide.new_zeros(wide.shape if with_input else 0)
     if with_input:
-        for taps, block in _blocks(grad_x, frames, kernel, stride):
-            block.baddbmm_(own, rows[taps].T[None].expand(batch, -1, -1))
+        for part, block in _blocks(grad_x, frames, kernel, stride):
+            block.baddbmm_(own, rows[part].T[None].expand(batch, -1, -1))
     # The weight's gradient is a product over the frames of all records at once: those that lie across two records, or
     # across the end, get no gradient.
     steps = -(-samples // stride)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hubert_ecg.ops import OPS, linear, use_backend
 
-# The package has the function under the module's name.
-module = sys.modules["hubert_ecg.ops.linear"]
 HALVES = [torch.bfloat16, torch.float16]
 BACKENDS = list(OPS["linear"].backends["cpu"])
 
 
-def set_products(monkeypatch, halves):
-    monkeypatch.setattr(module, "_PRODUCTS_OF_THIS_CPU", frozenset({torch.float32, torch.float64, *halves}))
-
-
 @pytest.fixture(params=[*BACKENDS, "products of torch"])
-def way(request, monkeypatch):
+def way(request, set_products):
     """How half precision is multiplied: by a backend, on a processor without products of it, or by torch."""
     by_torch = request.param not in BACKENDS
-    set_products(monkeypatch, HALVES if by_torch else ())
+    set_products(HALVES if by_torch else ())
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """A processor without products of half precision."""
-    set_products(monkeypatch, ())
 
 
 def tensors(*shape, dtype=torch.float32, width=65):

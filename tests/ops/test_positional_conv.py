@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,9 +61,8 @@ def test_takes_the_form_with_fewer_operations():
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("halves", [(), (torch.bfloat16,)], ids=["emulated", "has products"])
-def test_autocast_keeps_transforms_and_what_a_cpu_emulates_in_float32(batch, halves, monkeypatch):
-    module = sys.modules["hubert_ecg.ops.linear"]
-    monkeypatch.setattr(module, "_PRODUCTS_OF_THIS_CPU", frozenset({torch.float32, torch.float64, *halves}))
+def test_autocast_keeps_transforms_and_what_a_cpu_emulates_in_float32(batch, halves, set_products):
+    set_products(halves)
     given = arguments(batch, 93, 2, 6, 128, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = positional_conv(*given, 2)

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from hubert_ecg.ops import strided_conv
 
-
-@pytest.mark.parametrize(
-    ("length", "kernel", "stride"), [(149, 3, 2), (148, 3, 2), (37, 2, 2), (90, 10, 4), (40, 3, 5)]
+WINDOWS = pytest.mark.parametrize(
+    ("length", "kernel", "stride"),
+    [(149, 3, 2), (148, 3, 2), (37, 2, 2), (90, 10, 4), (40, 3, 5), (15, 1, 7), (11, 11, 1), (8, 7, 3)],
 )
+
+
+@WINDOWS
 def test_is_the_convolution_of_torch(length, kernel, stride):
     random = torch.Generator().manual_seed(0)
     x, weight, bias = (
@@ -24,6 +27,31 @@ def test_is_the_convolution_of_torch(length, kernel, stride):
     ours, theirs = (torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (actual, expected))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@WINDOWS
+def test_is_as_near_as_half_precision(emulated, batch, length, kernel, stride, dtype):
+    random = torch.Generator().manual_seed(0)
+    x, weight, bias = given = [
+        torch.randn(shape, generator=random).to(dtype).requires_grad_()
+        for shape in ((batch, length, 33), (17, 33, kernel), (17,))
+    ]
+    exact = [part.detach().double().requires_grad_() for part in given]
+    y = strided_conv(x, weight, stride, bias)
+    expected = F.conv1d(exact[0].transpose(1, 2), *exact[1:], stride).transpose(1, 2)
+    # Rows of a gradient may lie anywhere, too.
+    grad = torch.randn(17, *y.shape[:2], generator=random).to(dtype).permute(1, 2, 0)
+    found = torch.autograd.grad(y, given, grad, retain_graph=True)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    bound = torch.finfo(dtype).eps / 2
+    for mine, other in zip((y, *found), (expected, *wanted), strict=True):
+        assert mine.dtype == dtype
+        assert mine.shape == other.shape
+        assert (mine - other).norm() <= bound * other.norm()
+    (alone,) = torch.autograd.grad(strided_conv(x.detach(), weight, stride), weight, grad)
+    assert torch.equal(alone, found[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
