@@ -22,7 +22,7 @@
 #undef HUBERT_ECG_BYTES
 
 #define HUBERT_ECG_ISA avx512
-#define HUBERT_ECG_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")))
+#define HUBERT_ECG_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx512vnni,avx2,fma")))
 #define HUBERT_ECG_BYTES 64
 #include HUBERT_ECG_SIMD_FILE
 #undef HUBERT_ECG_ISA

@@ -143,10 +143,8 @@ HUBERT_ECG_TARGET static double distance(const T* a, const T* b, int64_t dim) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-// multiply_pairs takes half as long as two products of float. On processors with 512 bits both take as long.
-#undef HUBERT_ECG_PAIRS
-#if defined(__x86_64__) && HUBERT_ECG_BYTES < 64
-#define HUBERT_ECG_PAIRS
+// add_pairs takes half as long as two products of float.
+#ifdef __x86_64__
 
 // Rounds `dim` coordinates of 2 W points to 16 bits, by units that make each point kLength long.
 //   x [dim][2 W]; squares [2 W]: squared lengths; unit [2 W], pairs [dim / 2, rounded up][2 W] (written)
@@ -195,8 +193,8 @@ HUBERT_ECG_TARGET static void score_pairs(const int32_t* x, const float* unit, i
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const I<float> pair = c[d * kRows + r] + I<float>{};
-        acc0[r] += multiply_pairs(pair, x0);
-        acc1[r] += multiply_pairs(pair, x1);
+        acc0[r] = add_pairs(acc0[r], pair, x0);
+        acc1[r] = add_pairs(acc1[r], pair, x1);
       }
     }
 #pragma GCC unroll 16
@@ -218,7 +216,7 @@ HUBERT_ECG_TARGET static void score_pairs(const int32_t* x, const float* unit, i
 template <class T>
 constexpr Kernels<T> make_kernels() {
   Kernels<T> made{kRows, 2 * Simd<T>::width, pack<T>, score<T>, select<T>, distance<T>, nullptr, nullptr};
-#ifdef HUBERT_ECG_PAIRS
+#ifdef __x86_64__
   if constexpr (sizeof(T) == 4) made.round_pairs = round_pairs, made.score_pairs = score_pairs;
 #endif
   return made;

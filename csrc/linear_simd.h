@@ -102,8 +102,8 @@ HUBERT_ECG_TARGET static void multiply(const int32_t* a, const float* a_units, c
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const I<float> pair = a[r] + I<float>{};
-      sum0[r] += multiply_pairs(pair, b0);
-      sum1[r] += multiply_pairs(pair, b1);
+      sum0[r] = add_pairs(sum0[r], pair, b0);
+      sum1[r] = add_pairs(sum1[r], pair, b1);
     }
   }
   // A piece as long as float32 can be has no unit that may meet a whole sum first.

@@ -25,14 +25,15 @@ HUBERT_ECG_TARGET static inline __attribute__((always_inline)) void store(To* to
 }
 
 #ifdef __x86_64__
-// Of each 32 bits: the product of the lower halves and that of the upper ones, as int16, added.
-HUBERT_ECG_TARGET static inline __attribute__((always_inline)) I<float> multiply_pairs(I<float> a, I<float> b) {
+// Adds, in each 32 bits, the product of the lower halves and that of the upper ones, as int16, to the sum.
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) I<float> add_pairs(I<float> sum, I<float> a,
+                                                                                  I<float> b) {
 #if HUBERT_ECG_BYTES == 64
-  return (I<float>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  return (I<float>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif HUBERT_ECG_BYTES == 32
-  return (I<float>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return sum + (I<float>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-  return (I<float>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  return sum + (I<float>)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #endif
 }
 #endif
