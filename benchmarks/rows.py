@@ -95,7 +95,6 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         "attention with dropout and key spans, bfloat16",
         ("torch SDPA",),
     ),
-    "test_linear": ("products of a layer in bfloat16, with gradients", ("torch, float32",)),
     "test_front_end": ("convolutions", ("eager PyTorch",)),
     "test_add_norm[dropout]": ("dropout, residual and norm", ("eager PyTorch",)),
     "test_bias_gelu[dropout]": ("bias, GELU and dropout", ("eager PyTorch",)),
