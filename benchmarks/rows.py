@@ -113,7 +113,7 @@ def device(gpu: str | None = None) -> str:
         model = found[1] if found else model
         found = re.search(r"^flags\s*:\s*(.*)", text, re.MULTILINE)
         flags = set(found[1].split()) if found else flags
-    vectors = next((name for name in ("avx512f", "avx2") if name in flags), "")
+    vectors = next((name for name in ("avx512_vnni", "avx2") if name in flags), "")
     return _slug(f"{model} {os.cpu_count()} cores {vectors}")
 
 

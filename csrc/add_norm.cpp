@@ -62,21 +62,16 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& residual, const
 
 void add_norm_cpu(Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, double dropout_p, Tensor seed,
                   Tensor y, Tensor mean, Tensor rstd) {
-  const auto run = x.is<double>()     ? forward<double>
-                   : x.is<BFloat16>() ? forward<BFloat16>
-                   : x.is<Float16>()  ? forward<Float16>
-                                      : forward<float>;
-  run(x, residual, weight, bias, eps, dropout_p, seed, y, mean, rstd);
+  of_type(x, [&](auto one) { forward<decltype(one)>(x, residual, weight, bias, eps, dropout_p, seed, y, mean, rstd); });
 }
 
 void add_norm_backward_cpu(Tensor grad, Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd,
                            double dropout_p, Tensor seed, Tensor to_x, Tensor to_residual, Tensor to_weight,
                            Tensor to_bias) {
-  const auto run = x.is<double>()     ? backward<double>
-                   : x.is<BFloat16>() ? backward<BFloat16>
-                   : x.is<Float16>()  ? backward<Float16>
-                                      : backward<float>;
-  run(grad, x, residual, weight, mean, rstd, dropout_p, seed, to_x, to_residual, to_weight, to_bias);
+  of_type(x, [&](auto one) {
+    backward<decltype(one)>(grad, x, residual, weight, mean, rstd, dropout_p, seed, to_x, to_residual, to_weight,
+                            to_bias);
+  });
 }
 
 }  // namespace hubert_ecg

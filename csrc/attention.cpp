@@ -13,9 +13,6 @@
 namespace hubert_ecg {
 namespace {
 
-// What a kind of number is summed in.
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 using Inputs = AttentionInputs<T, Wide<T>>;
 
@@ -124,15 +121,6 @@ void run_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Te
   each_head<T>(in, [&](int64_t b, int64_t h, const Keys& keys, Scratch<Wide<T>>& scratch) {
     kernel(in, b, h, keys, scratch, from, result, of_q, of_k, of_v);
   });
-}
-
-// work(T()) for the floating T of x.
-template <class Work>
-void of_type(const Tensor& x, const Work& work) {
-  if (x.is<double>()) return work(double());
-  if (x.is<Float16>()) return work(Float16());
-  if (x.is<BFloat16>()) return work(BFloat16());
-  work(float());
 }
 
 }  // namespace

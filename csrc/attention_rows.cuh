@@ -9,8 +9,6 @@ namespace {
 constexpr int kPlain = 128;  // threads of a plain kernel, and keys or queries at a time
 
 template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-template <class T>
 using Inputs = AttentionInputs<T, Wide<T>>;
 
 // How dropout is done, as the host knows it: the seed is on the device.

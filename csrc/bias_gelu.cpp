@@ -41,20 +41,12 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& bias, double p,
 }  // namespace
 
 void bias_gelu_cpu(Tensor x, Tensor bias, double dropout_p, Tensor seed, Tensor y) {
-  const auto run = x.is<double>()     ? forward<double>
-                   : x.is<BFloat16>() ? forward<BFloat16>
-                   : x.is<Float16>()  ? forward<Float16>
-                                      : forward<float>;
-  run(x, bias, dropout_p, seed, y);
+  of_type(x, [&](auto one) { forward<decltype(one)>(x, bias, dropout_p, seed, y); });
 }
 
 void bias_gelu_backward_cpu(Tensor grad, Tensor x, Tensor bias, double dropout_p, Tensor seed, Tensor to_x,
                             Tensor to_bias) {
-  const auto run = x.is<double>()     ? backward<double>
-                   : x.is<BFloat16>() ? backward<BFloat16>
-                   : x.is<Float16>()  ? backward<Float16>
-                                      : backward<float>;
-  run(grad, x, bias, dropout_p, seed, to_x, to_bias);
+  of_type(x, [&](auto one) { backward<decltype(one)>(grad, x, bias, dropout_p, seed, to_x, to_bias); });
 }
 
 }  // namespace hubert_ecg

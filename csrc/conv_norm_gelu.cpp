@@ -86,20 +86,12 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& taps, const Ten
 }  // namespace
 
 void conv_norm_gelu_cpu(Tensor x, Tensor taps, Tensor offset, Tensor y, int64_t stride) {
-  const auto run = y.is<double>()     ? forward<double>
-                   : y.is<BFloat16>() ? forward<BFloat16>
-                   : y.is<Float16>()  ? forward<Float16>
-                                      : forward<float>;
-  run(x, taps, offset, y, stride);
+  of_type(y, [&](auto one) { forward<decltype(one)>(x, taps, offset, y, stride); });
 }
 
 void conv_norm_gelu_backward_cpu(Tensor grad, Tensor x, Tensor taps, Tensor offset, Tensor sums, Tensor windows,
                                  int64_t stride) {
-  const auto run = grad.is<double>()     ? backward<double>
-                   : grad.is<BFloat16>() ? backward<BFloat16>
-                   : grad.is<Float16>()  ? backward<Float16>
-                                         : backward<float>;
-  run(grad, x, taps, offset, sums, windows, stride);
+  of_type(grad, [&](auto one) { backward<decltype(one)>(grad, x, taps, offset, sums, windows, stride); });
 }
 
 }  // namespace hubert_ecg

@@ -54,11 +54,14 @@ HUBERT_ECG_INLINE V<T> load_some(const Y* from, int64_t count) {
     if (count > 0) __builtin_memcpy(some, from, count * sizeof(Y));
     from = some;
   }
-  if constexpr (std::is_same_v<Y, T>) return load<V<T>>(from);
-  T wide[W];
+  if constexpr (std::is_same_v<Y, T>) {
+    return load<V<T>>(from);
+  } else {
+    T wide[W];
 #pragma omp simd
-  for (int i = 0; i < W; ++i) wide[i] = widen_to(from[i], T());
-  return load<V<T>>(wide);
+    for (int i = 0; i < W; ++i) wide[i] = widen_to(from[i], T());
+    return load<V<T>>(wide);
+  }
 }
 
 template <class Y, class T = Wide<Y>>

@@ -187,7 +187,6 @@ HUBERT_ECG_TARGET static void score_pairs(const int32_t* x, const float* unit, i
     I<float> acc0[kRows], acc1[kRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc0[r] = acc1[r] = I<float>{};
-#pragma GCC unroll 4
     for (int64_t d = 0; d < dim; ++d) {
       const I<float> x0 = load<I<float>>(x + d * L), x1 = load<I<float>>(x + d * L + W);
 #pragma GCC unroll 16

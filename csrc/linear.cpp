@@ -142,7 +142,10 @@ Rows check_matrix(const Tensor& x, int64_t rows, int64_t columns, const char* op
                       (x.is<float>() || x.is<Float16>() || x.is<BFloat16>());
   HUBERT_ECG_CHECK(matrix && (rows < 0 || x.size(-2) * (x.ndim() == 3 ? x.size(0) : 1) == rows) &&
                        (columns < 0 || x.size(-1) == columns),
-                   op, ": ", name, " must be a matrix of float32, float16 or bfloat16 that fits the others, got ", x);
+                   op, ": ", name,
+                   " must be a matrix of float32, float16 or bfloat16, the numbers of a row side by side, that fits "
+                   "the others, got ",
+                   x);
   return Rows(x);
 }
 

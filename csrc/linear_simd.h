@@ -24,33 +24,33 @@ HUBERT_ECG_TARGET static inline int32_t nearest(float x) { return int32_t(float_
 //   units [P], pairs [depth / 2, rounded up][P] (written)
 template <class T, int P, bool kTransposed>
 HUBERT_ECG_TARGET static void pack(const void* const* from, int64_t rows, int64_t depth, float* units, int32_t* pairs) {
-  const T* const* const x = reinterpret_cast<const T* const*>(from);
+  const auto row = [from](int64_t i) { return static_cast<const T*>(from[i]); };
   if (kTransposed && rows == P) {
     double squares[P] = {};
     float factors[P];
     for (int64_t k = 0; k < depth; ++k)
 #pragma omp simd
-      for (int p = 0; p < P; ++p) squares[p] += double(widen(x[k][p])) * widen(x[k][p]);
+      for (int p = 0; p < P; ++p) squares[p] += double(widen(row(k)[p])) * widen(row(k)[p]);
     for (int p = 0; p < P; ++p) factors[p] = factor_of(squares[p], units[p]);
     for (int64_t k = 0; k + 1 < depth; k += 2, pairs += P) {
-      const T *const low = x[k], *const high = x[k + 1];
+      const T *const low = row(k), *const high = row(k + 1);
 #pragma omp simd
       for (int p = 0; p < P; ++p)
         pairs[p] = (nearest(widen(low[p]) * factors[p]) & 0xffff) | nearest(widen(high[p]) * factors[p]) << 16;
     }
     if (depth % 2)
-      for (int p = 0; p < P; ++p) pairs[p] = nearest(widen(x[depth - 1][p]) * factors[p]) & 0xffff;
+      for (int p = 0; p < P; ++p) pairs[p] = nearest(widen(row(depth - 1)[p]) * factors[p]) & 0xffff;
     return;
   }
   float wide[kDepth];
   alignas(64) int16_t rounded[P][kDepth];
   for (int p = 0; p < P; ++p) {
     // Behind the last row comes nothing.
-    const int64_t row = std::min<int64_t>(p, rows - 1);
+    const int64_t index = std::min<int64_t>(p, rows - 1);
     if (kTransposed) {
-      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(x[k][row]);
+      for (int64_t k = 0; k < depth; ++k) wide[k] = widen(row(k)[index]);
     } else {
-      const T* const own = x[row];
+      const T* const own = row(index);
 #pragma omp simd
       for (int64_t k = 0; k < depth; ++k) wide[k] = widen(own[k]);
     }
@@ -96,7 +96,6 @@ HUBERT_ECG_TARGET static void multiply(const int32_t* a, const float* a_units, c
                                        int64_t depth, bool first, float* c, int64_t stride) {
   constexpr int W = Simd<float>::width;
   I<float> sum0[kRows] = {}, sum1[kRows] = {};
-#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k += 2, a += kRows, b += kColumns) {
     const I<float> b0 = load<I<float>>(b), b1 = load<I<float>>(b + W);
 #pragma GCC unroll 16

@@ -107,6 +107,15 @@ inline bool Tensor::is<BFloat16>() const {
   return matches<4, BFloat16>();
 }
 
+// work(T()) for the floating T of x; float where it has none, which the checks of `work` then refuse.
+template <class Work>
+void of_type(const Tensor& x, const Work& work) {
+  if (x.is<double>()) return work(double());
+  if (x.is<Float16>()) return work(Float16());
+  if (x.is<BFloat16>()) return work(BFloat16());
+  work(float());
+}
+
 // Reaches Python as ValueError.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {

@@ -12,5 +12,5 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def as_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[..., D] as the CPU's kernels take it: [N, D] in the dtype they compute in."""
+    """[..., D] as the CPU's kernels take it: [N, D] in the dtype, by default the one they compute in."""
     return x.to(dtype or wide(x)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()

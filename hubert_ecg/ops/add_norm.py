@@ -113,8 +113,7 @@ def _(kernel, grad, x, residual, weight, mean, rstd, dropout_p, seed):
 
 def _beside(rows: Tensor, x: Tensor) -> Tensor:
     """Rows of x in a dtype that the kernel takes beside that of the residual's rows."""
-    half = rows.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
-    return as_rows(x, x.dtype if half else rows.dtype)
+    return as_rows(x, x.dtype if wide(x) == rows.dtype else rows.dtype)
 
 
 @_add_norm.triton

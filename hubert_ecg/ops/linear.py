@@ -123,9 +123,10 @@ def integer_kernels(x: Tensor) -> tuple[Callable[..., None], Callable[..., None]
 
     They take rows that lie anywhere, see csrc/linear.h.
     """
-    forward, backward = (native.find(op.name, x.device.type) for op in (_linear, _backward))
-    wanted = x.dtype in (torch.float16, torch.bfloat16) and product_dtype(x.device, x.dtype) != x.dtype
-    return (forward, backward) if wanted and forward is not None and backward is not None else None
+    if x.dtype not in (torch.float16, torch.bfloat16) or product_dtype(x.device, x.dtype) == x.dtype:
+        return None
+    forward, backward = (native.find(op.name, "cpu") for op in (_linear, _backward))
+    return (forward, backward) if forward and backward else None
 
 
 def _at_most_float32(weight: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from hubert_ecg.ops import strided_conv_reference as reference
 from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, check_whole, describe, takes_arrays
 from hubert_ecg.ops.linear import integer_kernels, product_dtype
 
-_NOTHING = torch.empty(0, dtype=torch.float32)
 _op = Op(
     "strided_conv(Tensor x, Tensor weight, int stride, Tensor? bias=None) -> Tensor",
     reference.strided_conv,
@@ -30,7 +29,7 @@ def strided_conv(x: Array, weight: Array, stride: int, bias: Array | None = None
     rows of x where they are: ``ceil(k / stride)`` products, and no copy of x for each tap.
 
     Under autocast, x and weight are taken in autocast's dtype. On a CPU that only emulates products in half precision
-    they are those of :func:`linear`, which reads windows of x as overlapping rows.
+    there is one product, that of :func:`linear`, whose rows are the windows of x, which overlap.
 
     >>> strided_conv(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), torch.ones(1, 1, 2), stride=2)
     tensor([[[3.],
@@ -94,26 +93,27 @@ def _by_integers(kernel, x, weight, stride, bias):
     taps = weight.shape[2]
     z = x.new_empty(len(x), (x.shape[1] - taps) // stride + 1, len(weight))
     rows = weight.transpose(1, 2).flatten(1).contiguous()
-    shift = _NOTHING if bias is None else bias.float().contiguous()
+    shift = x.new_empty(0, dtype=torch.float32) if bias is None else bias.float().contiguous()
     kernel(_windows(x.contiguous(), z.shape[1], taps, stride), rows, shift, z)
     return z
 
 
 def _by_integers_backward(kernel, backward_kernel, grad, x, weight, stride, with_input):
     (samples, channels), (width, _, taps), frames = x.shape[1:], weight.shape, grad.shape[1]
-    grad, grad_rows = grad.contiguous(), torch.empty(width, taps * channels, dtype=torch.float32)
+    grad, grad_rows = grad.contiguous(), x.new_empty(width, taps * channels, dtype=torch.float32)
     grad_x = x.new_empty(x.shape if with_input else 0)
     windows = _windows(x.contiguous(), frames, taps, stride)
+    # The weight is read for the gradient of the windows alone, which nobody wants.
     backward_kernel(grad, windows, grad_rows, x.new_empty(0, 0), grad_rows)
     if with_input:
         # Sample q stride + first met the taps first, first + stride, ... in the frames q, q - 1, ...: again windows, of
         # the gradient with zeros around it.
-        most = -(-taps // stride)
+        most, no_bias = -(-taps // stride), x.new_empty(0, dtype=torch.float32)
         padded = F.pad(grad, (0, 0, most - 1, max(0, -(-samples // stride) - frames)))
-        for first in range(stride):
+        for first in range(min(stride, samples)):
             own, met = grad_x[:, first::stride], weight[:, :, first::stride].flip(2)
             rows, count = met.permute(1, 2, 0).flatten(1).contiguous(), met.shape[2]
-            kernel(_windows(padded[:, most - count :], own.shape[1], count, 1), rows, _NOTHING, own)
+            kernel(_windows(padded[:, most - count :], own.shape[1], count, 1), rows, no_bias, own)
     grad_weight = grad_rows.view(width, taps, channels).transpose(1, 2).to(weight.dtype).contiguous()
     return grad_x, grad_weight, grad.sum((0, 1))
 
