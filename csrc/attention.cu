@@ -357,20 +357,11 @@ void run_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Te
   check_cuda(op, cudaGetLastError());
 }
 
-// As of_type, of CUDA's own types.
-template <class Work>
-void of_cuda_type(const Tensor& x, const Work& work) {
-  if (x.is<double>()) return work(double());
-  if (x.is<__half>()) return work(__half());
-  if (x.is<__nv_bfloat16>()) return work(__nv_bfloat16());
-  work(float());
-}
-
 }  // namespace
 
 void masked_span_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor queries, Tensor seed, Tensor out,
                                 Tensor logsumexp, double dropout_p, double scale, intptr_t stream) {
-  of_cuda_type(q, [&](auto one) {
+  of_type<__half, __nv_bfloat16>(q, [&](auto one) {
     run<decltype(one)>(q, k, v, spans, queries, seed, out, logsumexp, dropout_p, scale, stream);
   });
 }
@@ -378,7 +369,7 @@ void masked_span_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor spans, Tens
 void masked_span_attention_backward_cuda(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,
                                          Tensor spans, Tensor queries, Tensor seed, Tensor gradients, double dropout_p,
                                          double scale, intptr_t stream) {
-  of_cuda_type(q, [&](auto one) {
+  of_type<__half, __nv_bfloat16>(q, [&](auto one) {
     run_backward<decltype(one)>(grad, q, k, v, out, logsumexp, spans, queries, seed, gradients, dropout_p, scale,
                                 stream);
   });

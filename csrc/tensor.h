@@ -107,12 +107,13 @@ inline bool Tensor::is<BFloat16>() const {
   return matches<4, BFloat16>();
 }
 
-// work(T()) for the floating T of x; float where it has none, which the checks of `work` then refuse.
-template <class Work>
+// work(T()) for the floating T of x; float where it has none, which the checks of `work` then refuse. CUDA has types of
+// its own for half precision.
+template <class Half = Float16, class BHalf = BFloat16, class Work>
 void of_type(const Tensor& x, const Work& work) {
   if (x.is<double>()) return work(double());
-  if (x.is<Float16>()) return work(Float16());
-  if (x.is<BFloat16>()) return work(BFloat16());
+  if (x.is<Half>()) return work(Half());
+  if (x.is<BHalf>()) return work(BHalf());
   work(float());
 }
 
