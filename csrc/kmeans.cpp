@@ -13,11 +13,14 @@
 namespace hubert_ecg {
 namespace {
 
+// Bytes that a thread has for itself in the caches of usual processors.
+constexpr int64_t kSecondCache = 1 << 19, kThirdCache = 6 << 20;
+
 // The inner loop for one instruction set: kmeans_simd.h.
 template <class T>
 struct Kernels {
-  double (*add)(const T* x, const int64_t* labels, int64_t n, int64_t dim, int64_t num_k, const T* centroids,
-                double* sums, int64_t* counts);
+  double (*add)(const T* x, const int64_t* labels, const int32_t* order, int64_t n, int64_t dim, int64_t num_k,
+                const T* centroids, double* sums, int64_t* counts);
 };
 
 #define HUBERT_ECG_SIMD_FILE "kmeans_simd.h"
@@ -79,7 +82,7 @@ double accumulate_by_clusters(const T* x, const int64_t* labels, const T* centro
     for (int64_t i = 0; i < n; ++i) {
       const int64_t k = labels[i];
       if (k >= first && k < last)
-        inertia[k] += isa<T>().add(x + i * dim, labels + i, 1, dim, num_k, centroids, partial, nullptr);
+        inertia[k] += isa<T>().add(x + i * dim, labels + i, nullptr, 1, dim, num_k, centroids, partial, nullptr);
       if ((i + 1) % kTogether != 0 && i + 1 < n) continue;
       for (int64_t j = first * dim; j < last * dim; ++j) {
         sums[j] += partial[j];
@@ -88,6 +91,20 @@ double accumulate_by_clusters(const T* x, const int64_t* labels, const T* centro
     }
   }
   return total(inertia);
+}
+
+// Where n points of each cluster 0..K-1 lie, one cluster after the other. Returns how many these are.
+//   begin [K + 1] (scratch); order [n] (written)
+int64_t sort_by_cluster(const int64_t* labels, int64_t n, int64_t num_k, int32_t* begin, int32_t* order) {
+  const auto in = [&](int64_t k) { return k >= 0 && k < num_k; };
+  std::fill_n(begin, num_k + 1, 0);
+  for (int64_t i = 0; i < n; ++i)
+    if (in(labels[i])) ++begin[labels[i] + 1];
+  std::partial_sum(begin, begin + num_k + 1, begin);
+  const int64_t all = begin[num_k];
+  for (int64_t i = 0; i < n; ++i)
+    if (in(labels[i])) order[begin[labels[i]]++] = int32_t(i);
+  return all;
 }
 
 // The same, in P chunks with sums of their own, which are added in order. Where there are centroids, the points are
@@ -105,21 +122,35 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, boo
     codebook.emplace(centroids, num_k, dim);
     memory.resize(num_threads * codebook->scratch_size());
   }
+  // Sums that no second-level cache holds are read and written once for all points of a cluster that stay in the third.
+  const bool sorted = num_k * dim * int64_t(sizeof(double)) > kSecondCache;
+  const int64_t batch =
+      sorted ? std::max(kThirdCache / (dim * int64_t(sizeof(T))) / points, int64_t{1}) * points : points;
+  std::vector<int32_t> orders(sorted ? num_threads * (num_k + 1 + batch) : 0);
   std::vector<double> inertia(num_chunks);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t p = 0; p < num_chunks; ++p) {
+    const int thread = omp_get_thread_num();
     double* const sum = partial_sums + p * num_k * dim;
     int64_t* const count = partial_counts + p * num_k;
     std::fill_n(sum, num_k * dim, 0.0);
     std::fill_n(count, num_k, int64_t(0));
     const int64_t end = std::min(n, (p + 1) * chunk);
-    for (int64_t i = p * chunk; i < end; i += points) {
-      const int64_t size = std::min(points, end - i);
-      if (centroids)
-        codebook->label(x + i * dim, size, labels + i, memory.data() + omp_get_thread_num() * codebook->scratch_size(),
-                        std::min(points, end - i - size));
-      inertia[p] +=
-          isa<T>().add(x + i * dim, labels + i, size, dim, num_k, with_inertia ? centroids : nullptr, sum, count);
+    for (int64_t i = p * chunk; i < end; i += batch) {
+      const int64_t size = std::min(batch, end - i);
+      for (int64_t j = i; centroids && j < i + size; j += points) {
+        const int64_t together = std::min(points, i + size - j);
+        codebook->label(x + j * dim, together, labels + j, memory.data() + thread * codebook->scratch_size(),
+                        std::min(points, end - j - together));
+      }
+      const T* const from = with_inertia ? centroids : nullptr;
+      if (sorted) {
+        int32_t *const begin = orders.data() + thread * (num_k + 1 + batch), *const order = begin + num_k + 1;
+        const int64_t all = sort_by_cluster(labels + i, size, num_k, begin, order);
+        inertia[p] += isa<T>().add(x + i * dim, labels + i, order, all, dim, num_k, from, sum, count);
+      } else {
+        inertia[p] += isa<T>().add(x + i * dim, labels + i, nullptr, size, dim, num_k, from, sum, count);
+      }
     }
   }
 #pragma omp parallel for num_threads(num_threads_for(num_chunks * num_k * dim >> 18))

@@ -1,7 +1,9 @@
 // Nearest centroids for a few points at a time, to be called from inside a loop over many: no allocation, no threads.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 namespace hubert_ecg {
@@ -12,8 +14,9 @@ namespace hubert_ecg {
 // T; the centroids whose scores lie within their rounding error of the lowest one are compared again in float64. A
 // distance that is NaN never wins; where none wins, the label is 0.
 //
-// Where the processor multiplies int16 twice as fast as float, x and c_k are rounded to 16 bits first. That leaves a
-// few points more to be compared again; where it leaves too many, scores are of T.
+// Where the processor multiplies int16 twice as fast as float, and bytes four times as fast, x and c_k are rounded to
+// 16 bits first, or to 8 where there are many coordinates. That leaves more centroids to be compared again; where it
+// leaves too many, scores are of the next longer number, and of T in the end.
 template <class T>
 class Codebook {
  public:
@@ -24,7 +27,7 @@ class Codebook {
   static constexpr int64_t kPoints = 128;
 
   // Elements of memory that label() works in; any alignment.
-  int64_t scratch_size() const { return points_ * (block_ + padded_k_) + kMostLanes * block_ + 64; }
+  int64_t scratch_size() const { return std::max(scratch_of_label_, scratch_of_bytes_) + 64; }
 
   // x [n, dim] with n <= kPoints; labels [n] (written); scratch [scratch_size()], of one caller at a time. So many
   // points lie `ahead`, after x, and come next: they are fetched into the cache meanwhile.
@@ -33,26 +36,75 @@ class Codebook {
  private:
   static constexpr int64_t kMostLanes = 128 / sizeof(T);
 
-  void pack_pairs(const std::vector<T>& centred);
+  // What labels are found by, made by the thread that first asks for it.
+  template <class Form>
+  class Late {
+   public:
+    template <class Make>
+    const Form& get(Make make) const {
+      std::call_once(once_, [&] { make(form_); });
+      return form_;
+    }
+
+   private:
+    mutable std::once_flag once_;
+    mutable Form form_;
+  };
+
+  struct Floats {
+    std::vector<T> centroids;  // [dim / block][K / rows][block][rows]
+  };
+
+  struct Pairs {
+    std::vector<int32_t> centroids;  // [dim / block][K / rows][block / 2][rows], two coordinates in each
+    std::vector<T> units;            // of each block
+    T spread;
+  };
+
+  struct Bytes {
+    std::vector<int32_t> centroids;       // [dim / fours / 4][K / rows][fours][rows], four coordinates in each
+    std::vector<int32_t> start;           // what 128 in each coordinate of a point adds
+    std::vector<T> unit, length, missed;  // of each centroid: rounding takes `missed` away
+    std::vector<int16_t> shorts;          // [K][shorts_size()] in one unit, for those that bytes leave in doubt
+    T shorts_unit, shorts_missed;
+  };
+
+  const Floats& floats() const;
+  const Pairs& pairs() const;
+  const Bytes& bytes() const;
+  template <class Run>
+  void for_tiles(Run run) const;
   template <bool kPairs>
   bool label_together(const T* x, int64_t n, int64_t* labels, T* tiles, int64_t ahead) const;
+  bool label_by_bytes(const T* x, int64_t n, int64_t* labels, T* scratch) const;
   int64_t recheck(const T* point, const T* scores, T limit) const;
+  int64_t in_cache(int64_t row_bytes) const;
+  // Centroids that points_ points have in doubt, at most, after bytes: one takes as long as some sixteen scores.
+  int64_t most_in_doubt() const { return points_ * (num_k_ / 16 + 2); }
+  int64_t num_fours() const { return (dim_ + 3) / 4; }
+  int64_t shorts_size() const { return (dim_ + 63) / 64 * 64; }
+  bool finite(int64_t k) const;
+  T centred(int64_t k, int64_t d) const { return k < num_k_ ? centroids_[k * dim_ + d] + offset_[d] : T(0); }
 
   const T* centroids_;
   int64_t num_k_, dim_;
   int64_t padded_k_;  // num_k, rounded up to whole register tiles
   int64_t points_;    // points that share a pass over the centroids
   int64_t block_;     // dimensions that points and centroids are in the cache with
-  int64_t block_k_;   // centroids in the second-level cache
-  std::vector<T> offset_, packed_, half_;
+  int64_t fours_;     // the same of bytes, in fours
+  int64_t scratch_of_label_, scratch_of_bytes_;
+  bool has_pairs_, has_bytes_;  // where they pay
+  // Points and centroids move by offset_, to the centroids' mean.
+  std::vector<T> offset_, half_;
+  std::vector<double> lengths_;
+  double longest_ = 0;
   // Scores of a point x in doubt lie within least_ + spread_ |x| of the lowest one.
   T least_, spread_;
-  // The same of 16 bits: pairs of coordinates, empty where they do not pay, and the unit of each block of them.
-  std::vector<int32_t> pairs_;
-  std::vector<T> units_;
-  T pairs_spread_ = 0;
-  // Passes over the centroids that go without, after one that left too many points in doubt.
-  mutable std::atomic<int> without_pairs_{0};
+  Late<Floats> floats_;
+  Late<Pairs> pairs_;
+  Late<Bytes> bytes_;
+  // Passes over the centroids that go without, after one that left too many centroids in doubt.
+  mutable std::atomic<int> without_bytes_{0}, without_pairs_{0};
 };
 
 extern template class Codebook<float>;

@@ -123,14 +123,12 @@ HUBERT_ECG_TARGET static void select(const T* scores, int64_t num_k, const T* sq
 template <class T>
 HUBERT_ECG_TARGET static double distance(const T* a, const T* b, int64_t dim) {
   constexpr int W = Simd<double>::width, kParts = 8 / W;
-  typedef T X __attribute__((vector_size(W * sizeof(T))));
   V<double> sums[kParts] = {};
   int64_t d = 0;
   for (; d + 8 <= dim; d += 8) {
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) {
-      const auto delta = __builtin_convertvector(load<X>(a + d + p * W), V<double>) -
-                         __builtin_convertvector(load<X>(b + d + p * W), V<double>);
+      const V<double> delta = load_double(a + d + p * W) - load_double(b + d + p * W);
       sums[p] += delta * delta;
     }
   }
@@ -212,11 +210,182 @@ HUBERT_ECG_TARGET static void score_pairs(const int32_t* x, const float* unit, i
 }
 #endif
 
+// Four products of bytes in each 32 bits take as long as two of int16.
+#if HUBERT_ECG_BYTES == 64
+
+// Turns rows into columns: v[i][j] and v[j][i] change places.
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) void transpose(__m512i (&v)[16]) {
+  const __m512i index = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int step = 1; step < 16; step *= 2) {
+    const __m512i by = _mm512_set1_epi32(step);
+    const __mmask16 odd = _mm512_test_epi32_mask(index, by);
+    const __m512i low = _mm512_mask_add_epi32(index, odd, index, _mm512_set1_epi32(16 - step));
+    const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(index, by), odd, index, _mm512_set1_epi32(16));
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i & step) continue;
+      const __m512i a = v[i], b = v[i + step];
+      v[i] = _mm512_permutex2var_epi32(a, low, b);
+      v[i + step] = _mm512_permutex2var_epi32(a, high, b);
+    }
+  }
+}
+
+// Rounds `count` points, moved by `offset`, to bytes about 128, by units that make the largest coordinate of each 127.
+// Places without a point repeat the last one.
+// And to 16 bits, by units that make each point kLength long.
+//   bytes [dim / 64, rounded up][16][32 points][4 coordinates] and shorts [32][dim, rounded up to 64] (written);
+//   unit [32] (written): of the bytes; squares [32] (added to): squared lengths; missed [32] (written): squared lengths
+//   of what bytes take away
+HUBERT_ECG_TARGET static void round_bytes(const float* points, int64_t stride, int64_t count, int64_t dim,
+                                          const float* offset, int32_t* bytes, int16_t* shorts, float* unit,
+                                          float* squares, float* missed) {
+  constexpr int L = 32;
+  const int64_t shorts_size = (dim + 63) / 64 * 64;
+  const float* row[L];
+  float scale[L], fine[L];
+  const auto moved = [&](const float* from, int64_t d) HUBERT_ECG_TARGET {
+    const auto in = __mmask16((1u << std::clamp<int64_t>(dim - d, 0, 16)) - 1);
+    return _mm512_add_ps(_mm512_maskz_loadu_ps(in, from + d), _mm512_maskz_loadu_ps(in, offset + d));
+  };
+  for (int l = 0; l < L; ++l) {
+    row[l] = points + std::min<int64_t>(l, count - 1) * stride;
+    __m512 sums[2] = {}, most[2] = {};
+    for (int64_t d = 0; d < dim; d += 32) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m512 value = moved(row[l], d + 16 * i);
+        sums[i] = _mm512_fmadd_ps(value, value, sums[i]);
+        most[i] = _mm512_max_ps(most[i], _mm512_abs_ps(value));
+      }
+    }
+    squares[l] += _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+    const float longest = _mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1]));
+    unit[l] = std::max(longest / 127, 128 * std::numeric_limits<float>::min());
+    scale[l] = 1 / unit[l];
+    fine[l] = float(kLength) / std::sqrt(squares[l]);
+  }
+  for (int half = 0; half < L; half += 16) {
+    __m512 lost[16] = {};
+    for (int64_t d = 0; d < dim; d += 64) {
+      __m512i words[16];
+#pragma GCC unroll 4
+      for (int l = 0; l < 16; ++l) {
+        const __m512 by = _mm512_set1_ps(scale[half + l]), back = _mm512_set1_ps(unit[half + l]);
+        const __m512 finely = _mm512_set1_ps(fine[half + l]);
+        __m512i whole[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __m512 value = moved(row[half + l], d + 16 * i);
+          whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(value, by));
+          const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole[i]), back, value);
+          lost[l] = _mm512_fmadd_ps(rest, rest, lost[l]);
+          const __m512i longer = _mm512_cvtps_epi32(_mm512_mul_ps(value, finely));
+          store(shorts + (half + l) * shorts_size + d + 16 * i, _mm512_cvtepi32_epi16(longer));
+        }
+        const __m512i packed =
+            _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+        words[l] = _mm512_xor_si512(packed, _mm512_set1_epi8(-128));
+      }
+      transpose(words);
+      // Packing leaves the words 4 j + i where 4 i + j belong.
+#pragma GCC unroll 16
+      for (int w = 0; w < 16; ++w) store(bytes + (d / 4 + w % 4 * 4 + w / 4) * L + half, words[w]);
+    }
+    for (int l = 0; l < 16; ++l) missed[half + l] = _mm512_reduce_add_ps(lost[l]);
+  }
+}
+
+// As score(), of coordinates in fours. What is left in the end are lower bounds of the scores, and the lowest upper
+// bound in `lowest`, which stays NaN: |x.c - x'.c'| <= |x - x'| |c| + |x'| |c - c'|, where x' and c' are what was
+// rounded. Between the blocks of coordinates, scores hold sums of products.
+//   x [dim][2 W], c [num_k / kRows][dim][kRows]; start [num_k], null but for the first block: what 128 in each
+//   coordinate of x adds; half [num_k], null but for the last block
+HUBERT_ECG_TARGET static void score_bytes(const int32_t* x, const Rounded<float>& points, int64_t dim, const int32_t* c,
+                                          const Rounded<float>& centroids, const int32_t* start, const float* half,
+                                          int64_t num_k, float* scores, float* lowest) {
+  constexpr int W = 16, L = 2 * W;
+  for (int64_t k = 0; k < num_k; k += kRows, c += kRows * dim, scores += kRows * L) {
+    __m512i acc0[kRows], acc1[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      acc0[r] = start ? _mm512_set1_epi32(-start[k + r]) : load<__m512i>(scores + r * L);
+      acc1[r] = start ? acc0[r] : load<__m512i>(scores + r * L + W);
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+      const auto x0 = load<__m512i>(x + d * L), x1 = load<__m512i>(x + d * L + W);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i four = _mm512_set1_epi32(c[d * kRows + r]);
+        acc0[r] = _mm512_dpbusd_epi32(acc0[r], x0, four);
+        acc1[r] = _mm512_dpbusd_epi32(acc1[r], x1, four);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store(scores + r * L, acc0[r]), store(scores + r * L + W, acc1[r]);
+    if (!half) continue;
+    for (int w = 0; w < L; w += W) {
+      const auto unit = load<V<float>>(points.unit + w), length = load<V<float>>(points.length + w);
+      const auto missed = load<V<float>>(points.missed + w);
+      auto low = load<V<float>>(lowest + w);
+#pragma GCC unroll 1
+      for (int r = 0; r < kRows; ++r) {
+        float* const at = scores + r * L + w;
+        const auto products = (V<float>)_mm512_cvtepi32_ps(load<__m512i>(at));
+        const V<float> score = half[k + r] - products * (unit * centroids.unit[k + r]);
+        const V<float> off = missed * centroids.length[k + r] + length * centroids.missed[k + r];
+        store(at, score - off);
+        low = score + off < low ? score + off : low;
+      }
+      store(lowest + w, low);
+    }
+  }
+}
+
+// Which of the 2 W scores of a centroid do not lie above their limit. Writes first + l for each such l, and up to 2 W
+// numbers beyond them; returns their number.
+HUBERT_ECG_TARGET static int64_t list(const float* scores, const float* limit, int32_t first, int32_t* found) {
+  constexpr int W = 16;
+  int64_t count = 0;
+#pragma GCC unroll 2
+  for (int w = 0; w < 2 * W; w += W) {
+    const __mmask16 in = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + w), _mm512_loadu_ps(limit + w), _CMP_LE_OQ);
+    const __m512i index = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    store(found + count, _mm512_maskz_compress_epi32(in, _mm512_add_epi32(index, _mm512_set1_epi32(first + w))));
+    count += __builtin_popcount(in);
+  }
+  return count;
+}
+
+// Scores of the point i and the centroid k for each found k kPoints + i, and the lowest of each point.
+//   x [kPoints][dim] in units of unit [kPoints], c [num_k][dim] in one unit that these contain, dim a multiple of 64;
+//   half [num_k]; scores [count] (written); lowest [kPoints] (updated)
+HUBERT_ECG_TARGET static void rescore(const int32_t* found, int64_t count, const int16_t* x, const float* unit,
+                                      int64_t dim, const int16_t* c, const float* half, float* scores, float* lowest) {
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t i = found[j] % kTogether, k = found[j] / kTogether;
+    const int16_t *const a = x + i * dim, *const b = c + k * dim;
+    __m512i sum0{}, sum1{};
+    for (int64_t d = 0; d < dim; d += 64) {
+      sum0 = _mm512_dpwssd_epi32(sum0, load<__m512i>(a + d), load<__m512i>(b + d));
+      sum1 = _mm512_dpwssd_epi32(sum1, load<__m512i>(a + d + 32), load<__m512i>(b + d + 32));
+    }
+    scores[j] = half[k] - float(_mm512_reduce_add_epi32(_mm512_add_epi32(sum0, sum1))) * unit[i];
+    lowest[i] = std::min(lowest[i], scores[j]);
+  }
+}
+#endif
+
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  Kernels<T> made{kRows, 2 * Simd<T>::width, pack<T>, score<T>, select<T>, distance<T>, nullptr, nullptr};
+  Kernels<T> made{kRows, 2 * Simd<T>::width, pack<T>, score<T>, select<T>, distance<T>};
 #ifdef __x86_64__
   if constexpr (sizeof(T) == 4) made.round_pairs = round_pairs, made.score_pairs = score_pairs;
+#endif
+#if HUBERT_ECG_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    made.round_bytes = round_bytes, made.score_bytes = score_bytes, made.list = list, made.rescore = rescore;
 #endif
   return made;
 }

@@ -24,6 +24,17 @@ HUBERT_ECG_TARGET static inline __attribute__((always_inline)) void store(To* to
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+// As many numbers as a register of double holds, in double.
+template <class T>
+HUBERT_ECG_TARGET static inline __attribute__((always_inline)) V<double> load_double(const T* from) {
+#if HUBERT_ECG_BYTES == 64
+  // GCC converts the halves one after the other.
+  if constexpr (sizeof(T) == 4) return (V<double>)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#endif
+  typedef T X __attribute__((vector_size(Simd<double>::width * sizeof(T))));
+  return __builtin_convertvector(load<X>(from), V<double>);
+}
+
 #ifdef __x86_64__
 // Adds, in each 32 bits, the product of the lower halves and that of the upper ones, as int16, to the sum.
 HUBERT_ECG_TARGET static inline __attribute__((always_inline)) I<float> add_pairs(I<float> sum, I<float> a,
