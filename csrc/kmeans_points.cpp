@@ -403,8 +403,11 @@ bool Codebook<T>::label_by_bytes(const T* x, int64_t n, int64_t* labels, T* scra
     const double distance = run.distance(x + i * dim_, centroids_ + k * dim_, dim_);
     if (distance < best[i]) best[i] = distance, labels[i] = k;
   }
-  for (int64_t i = 0; i < num_points; ++i)
-    if (rivals[i] == 0) labels[i] = recheck(x + i * dim_, nullptr, std::numeric_limits<T>::quiet_NaN());
+  for (int64_t i = 0; i < num_points; ++i) {
+    if (rivals[i] > 0) continue;
+    if ((count += num_k_) > most) return false;
+    labels[i] = recheck(x + i * dim_, nullptr, std::numeric_limits<T>::quiet_NaN());
+  }
   return true;
 }
 

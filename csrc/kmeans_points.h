@@ -42,12 +42,16 @@ class Codebook {
    public:
     template <class Make>
     const Form& get(Make make) const {
-      std::call_once(once_, [&] { make(form_); });
+      if (!made_.load(std::memory_order_acquire)) {
+        const std::lock_guard lock(mutex_);
+        if (!made_.load(std::memory_order_relaxed)) make(form_), made_.store(true, std::memory_order_release);
+      }
       return form_;
     }
 
    private:
-    mutable std::once_flag once_;
+    mutable std::mutex mutex_;
+    mutable std::atomic<bool> made_{false};
     mutable Form form_;
   };
 
