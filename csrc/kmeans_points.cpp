@@ -86,9 +86,6 @@ Codebook<T>::Codebook(const T* centroids, int64_t num_k, int64_t dim)
   block_ = (dim - 1) / num_blocks + 1;
   fours_ = (num_fours() - 1) / ((num_fours() * lanes * 4 - 1) / (16 << 10) + 1) + 1;
   points_ = std::clamp<int64_t>((1 << 17) / padded_k_ / lanes * lanes, lanes, kPoints);
-  scratch_of_label_ = points_ * (block_ + padded_k_) + lanes * block_;
-  scratch_of_bytes_ =
-      points_ * (round_up(num_fours(), 16) + shorts_size() / 2 + padded_k_) + 2 * (most_in_doubt() + 2 * lanes);
 
   // Distances do not change when everything moves by the centroids' mean, and scores then lose the least to
   // cancellation.
@@ -119,6 +116,10 @@ Codebook<T>::Codebook(const T* centroids, int64_t num_k, int64_t dim)
   if (!(longest_ * longest_ < std::numeric_limits<T>::max() / 16)) spread_ = std::numeric_limits<T>::quiet_NaN();
   has_pairs_ = isa<T>().score_pairs && std::isfinite(spread_);
   has_bytes_ = isa<T>().score_bytes && std::isfinite(spread_) && dim >= kLeastOfBytes && dim <= kMostOfBytes;
+  scratch_size_ = points_ * (block_ + padded_k_) + lanes * block_;
+  if (has_bytes_)
+    scratch_size_ = std::max(scratch_size_, points_ * (round_up(num_fours(), 16) + shorts_size() / 2 + padded_k_) +
+                                                2 * (most_in_doubt() + 2 * lanes));
   // While there are threads to share the work.
   has_bytes_ ? void(bytes()) : has_pairs_ ? void(pairs()) : void(floats());
 }

@@ -1,6 +1,5 @@
 // Nearest centroids for a few points at a time, to be called from inside a loop over many: no allocation, no threads.
 #pragma once
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <mutex>
@@ -27,7 +26,7 @@ class Codebook {
   static constexpr int64_t kPoints = 128;
 
   // Elements of memory that label() works in; any alignment.
-  int64_t scratch_size() const { return std::max(scratch_of_label_, scratch_of_bytes_) + 64; }
+  int64_t scratch_size() const { return scratch_size_ + 64; }
 
   // x [n, dim] with n <= kPoints; labels [n] (written); scratch [scratch_size()], of one caller at a time. So many
   // points lie `ahead`, after x, and come next: they are fetched into the cache meanwhile.
@@ -96,7 +95,7 @@ class Codebook {
   int64_t points_;    // points that share a pass over the centroids
   int64_t block_;     // dimensions that points and centroids are in the cache with
   int64_t fours_;     // the same of bytes, in fours
-  int64_t scratch_of_label_, scratch_of_bytes_;
+  int64_t scratch_size_;
   bool has_pairs_, has_bytes_;  // where they pay
   // Points and centroids move by offset_, to the centroids' mean.
   std::vector<T> offset_, half_;
