@@ -12,8 +12,8 @@ namespace hubert_ecg {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The widest instruction set of this processor; avx512 is that of servers since 2019, with products of int16 that are
-// added as they are made. HUBERT_ECG_ISA=baseline|avx2 asks for a narrower one, to compare.
+// The widest instruction set of this processor; avx512 is that of servers since 2019, with products of int16 and
+// of bytes that are added as they are made. HUBERT_ECG_ISA=baseline|avx2 asks for a narrower one, to compare.
 inline Isa best_isa() {
 #ifdef __x86_64__
   const char* const wish = std::getenv("HUBERT_ECG_ISA");

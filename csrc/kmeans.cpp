@@ -125,7 +125,7 @@ double accumulate_by_chunks(const T* x, int64_t* labels, const T* centroids, boo
   // Sums that no second-level cache holds are read and written once for all points of a cluster that stay in the third.
   const bool sorted = num_k * dim * int64_t(sizeof(double)) > kSecondCache;
   const int64_t batch =
-      sorted ? std::max(kThirdCache / (dim * int64_t(sizeof(T))) / points, int64_t{1}) * points : points;
+      sorted ? std::clamp(kThirdCache / (dim * int64_t(sizeof(T))), points, std::max(points, chunk)) : points;
   std::vector<int32_t> orders(sorted ? num_threads * (num_k + 1 + batch) : 0);
   std::vector<double> inertia(num_chunks);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)

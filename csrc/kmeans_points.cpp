@@ -32,8 +32,6 @@ double nearest_whole(double x) {
   return x + kRound - kRound;
 }
 
-constexpr int64_t kTogether = Codebook<float>::kPoints;
-
 // Rows that were rounded: their units, upper bounds of their lengths, and of what rounding took away.
 template <class T>
 struct Rounded {

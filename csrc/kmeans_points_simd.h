@@ -364,7 +364,7 @@ HUBERT_ECG_TARGET static int64_t list(const float* scores, const float* limit, i
 HUBERT_ECG_TARGET static void rescore(const int32_t* found, int64_t count, const int16_t* x, const float* unit,
                                       int64_t dim, const int16_t* c, const float* half, float* scores, float* lowest) {
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t i = found[j] % kTogether, k = found[j] / kTogether;
+    const int64_t i = found[j] % Codebook<float>::kPoints, k = found[j] / Codebook<float>::kPoints;
     const int16_t *const a = x + i * dim, *const b = c + k * dim;
     __m512i sum0{}, sum1{};
     for (int64_t d = 0; d < dim; d += 64) {
