@@ -124,13 +124,25 @@ HUBERT_ECG_INLINE void load_rows(const Source* const* row, int64_t S, V<T>* tile
     for (int lane = 0; lane < W; ++lane) tile[i][lane] = static_cast<T>(row[lane][i]);
 }
 
+// What is read next, asked for a part at a time between stages of work: all of it at once would hold them up.
+class Ahead {
+ public:
+  inline __attribute__((always_inline)) Ahead(const void* from, int64_t bytes, int64_t parts)
+      : at_(static_cast<const char*>(from)), end_(at_ + bytes), part_((bytes / 64 / parts + 1) * 64) {}
+  inline __attribute__((always_inline)) void fetch() {
+    for (const char* const stop = std::min(at_ + part_, end_); at_ < stop; at_ += 64) __builtin_prefetch(at_);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t part_;
+};
+
 // tile[i][lane] = rows[lane][i] for i < S. Lanes from `count` on repeat the last row.
 template <class T>
 HUBERT_ECG_INLINE void load_tile(const T* rows, int64_t S, int64_t count, V<T>* tile) {
   const T* row[Simd<T>::width];
   for (int lane = 0; lane < Simd<T>::width; ++lane) row[lane] = rows + std::min<int64_t>(lane, count - 1) * S;
-  // The rows of the next tile, in the order of memory.
-  for (int64_t i = 0; i < count * S; i += 64 / sizeof(T)) __builtin_prefetch(rows + count * S + i);
   load_rows<T>(row, S, tile);
 }
 

@@ -83,13 +83,17 @@ HUBERT_ECG_INLINE void cosines(const MfccTables<T>& t, const V<T>* log_mel, int6
 // x [N] holds a tile of frames; behind it lies room for N + M + C more. Writes cepstrum [C], which lies at the end of
 // that room, to the precision of Out, and returns the margin of log_mel.
 template <class T, class Out = T>
-HUBERT_ECG_INLINE V<T> cepstra(const MfccTables<T>& t, V<T>* x, V<T>*& cepstrum) {
+HUBERT_ECG_INLINE V<T> cepstra(const MfccTables<T>& t, V<T>* x, V<T>*& cepstrum, Ahead ahead) {
   V<T>*const X = x + t.N, *const mel = X + t.N;
   cepstrum = mel + t.M;
+  ahead.fetch();
   const V<T> total = condition<T>(t, x);
+  ahead.fetch();
   real_fft<T>(t.fft, x, X, t.circle.data());
+  ahead.fetch();
   power<T>(t, X, x);
   const V<T> margin = log_mel<T, Out>(t, x, total, mel);
+  ahead.fetch();
   cosines<T, 13>(t, mel, 0, cepstrum);
   return margin;
 }
@@ -102,7 +106,7 @@ HUBERT_ECG_TARGET static void mfcc_again(const MfccTables<double>& t, const floa
   const float* row[W];
   for (int lane = 0; lane < W; ++lane) row[lane] = frames + which[std::min(lane, count - 1)] * t.S;
   load_rows<double>(row, t.S, x);
-  cepstra<double, float>(t, x, cepstrum);
+  cepstra<double, float>(t, x, cepstrum, Ahead(x, 0, 1));
   for (int lane = 0; lane < count; ++lane)
     for (int64_t c = 0; c < t.C; ++c) out[which[lane] * t.C + c] = static_cast<float>(cepstrum[c][lane]);
 }
@@ -119,7 +123,7 @@ HUBERT_ECG_TARGET static void mfcc(const MfccTables<T>& t, const MfccTables<doub
   for (int64_t f = begin; f < end; f += Simd<T>::width) {
     const int64_t count = std::min<int64_t>(Simd<T>::width, end - f);
     load_tile<T>(frames + f * t.S, t.S, count, x);
-    const V<T> margin = cepstra<T>(t, x, cepstrum);
+    const V<T> margin = cepstra<T>(t, x, cepstrum, Ahead(frames + (f + count) * t.S, count * t.S * sizeof(T), 4));
     store_tile<T>(cepstrum, t.C, count, out + f * t.C);
     if constexpr (sizeof(T) < sizeof(double)) {
       for (int64_t lane = 0; lane < count; ++lane) {

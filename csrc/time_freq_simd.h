@@ -101,10 +101,15 @@ HUBERT_ECG_TARGET static void time_freq(const RealFft& fft, const T* circle, con
   V<T>*const x = static_cast<V<T>*>(scratch), *const X = x + S, *const feature = X + S;
   for (int64_t f = begin; f < end; f += Simd<T>::width) {
     const int64_t count = std::min<int64_t>(Simd<T>::width, end - f);
+    Ahead ahead(frames + (f + count) * S, count * S * sizeof(T), 4);
     load_tile<T>(frames + f * S, S, count, x);
+    ahead.fetch();
     moments<T>(S, x, feature);
+    ahead.fetch();
     real_fft<T>(fft, x, X, circle);
+    ahead.fetch();
     spectrum<T>(S, X, x, feature);
+    ahead.fetch();
     store_tile<T>(feature, kTimeFreqFeatures, count, out + f * kTimeFreqFeatures);
   }
 }
