@@ -124,18 +124,28 @@ HUBERT_ECG_INLINE void load_rows(const Source* const* row, int64_t S, V<T>* tile
     for (int lane = 0; lane < W; ++lane) tile[i][lane] = static_cast<T>(row[lane][i]);
 }
 
-// What is read next, asked for a part at a time between stages of work: all of it at once would hold them up.
+// What is read next, asked for a part at a time between stages of work: all of it at once would hold them up. Much of
+// it goes to the second-level cache, as the work needs the first.
 class Ahead {
  public:
   inline __attribute__((always_inline)) Ahead(const void* from, int64_t bytes, int64_t parts)
-      : at_(static_cast<const char*>(from)), end_(at_ + bytes), part_((bytes / 64 / parts + 1) * 64) {}
+      : at_(static_cast<const char*>(from)),
+        end_(at_ + bytes),
+        part_((bytes / 64 / parts + 1) * 64),
+        little_(bytes <= 8192) {}
   inline __attribute__((always_inline)) void fetch() {
-    for (const char* const stop = std::min(at_ + part_, end_); at_ < stop; at_ += 64) __builtin_prefetch(at_);
+    const char* const stop = std::min(at_ + part_, end_);
+    if (little_) {
+      for (; at_ < stop; at_ += 64) __builtin_prefetch(at_);
+    } else {
+      for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+    }
   }
 
  private:
   const char *at_, *end_;
   int64_t part_;
+  bool little_;
 };
 
 // tile[i][lane] = rows[lane][i] for i < S. Lanes from `count` on repeat the last row.
