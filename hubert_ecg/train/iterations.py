@@ -14,7 +14,7 @@ from hubert_ecg import clustering
 from hubert_ecg.config import PretrainConfig, UserError, to_json
 from hubert_ecg.features import default_layer
 from hubert_ecg.files import replacing
-from hubert_ecg.models.pretrained import read_weights
+from hubert_ecg.models.pretrained import load_file, read_weights
 from hubert_ecg.models.shape import num_tokens
 from hubert_ecg.signal import LEADS
 from hubert_ecg.train import distributed, machine, parallel, sharded_checkpoint
@@ -183,19 +183,14 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     if config.labels is None:
         stage = Stage(folder / "clusters.stage.json", of_clusters)
         number = len(given) if given else 1
-        found = None
-        if _may_skip(run, stage, " clusters", anew):
-            found = _load_kmeans(folder, number, stage.result)
-            if distributed.agreed(found is None):
-                found = None
-                run.tell(f"done again: {kmeans_file(folder, 0, number)} is not what it was", " clusters")
-        anew = anew or (found is None and stage.begun and stage.done)
-        if found is None:
+        path = kmeans_file(folder, 0, number)
+        if _may_skip(run, stage, " clusters", anew, path, lambda: _has_kmeans(folder, number, stage.result)):
+            kmeans = _load_kmeans(folder, number)
+        else:
+            anew = anew or stage.done
             _begin(stage)
             kmeans = find_targets(run, " clusters")
             _finish(stage, [kmeans_hash(one) for one in kmeans])
-        else:
-            kmeans = found
 
     own = {key: value for key, value in to_json(config).items() if key not in _NOT_OF_TRAINING | MAY_DIFFER}
     of_training = {
@@ -208,12 +203,9 @@ def _iteration(run: Run, anew: bool) -> tuple[dict[str, Any], bool]:
     }
     stage = Stage(folder / "train.stage.json", of_training)
     files = files_of(run, len(kmeans))
-    if _may_skip(run, stage, " train", anew):
-        if distributed.agreed(_same_model(files["model"], stage.result["model"])):
-            kept = {name: value for name, value in stage.result.items() if name != "model"}
-            return files | kept, anew
-        run.tell(f"done again: {files['model']} is not what it was", " train")
-        anew = True
+    if _may_skip(run, stage, " train", anew, files["model"], lambda: _has_model(files, stage.result["model"])):
+        kept = {name: value for name, value in stage.result.items() if name != "model"}
+        return files | kept, anew
     changed = stage.changed()
     inputs_changed = changed is not None and changed[0] in _INPUTS
     if config.resume and inputs_changed and not stage.done:
@@ -233,15 +225,19 @@ def _facts_of_labels(run: Run) -> list[dict[str, Any]]:
     return StoredLabels(run.store, str(run.config.labels).split(","), run.device).facts
 
 
-def _may_skip(run: Run, stage: Stage, name: str, anew: bool) -> bool:
-    """Whether a stage is done and nothing has changed; tells the user in either case."""
-    changed = stage.changed()
-    if distributed.agreed(stage.done and not changed and not anew):
-        run.tell("done before with the same settings and inputs", name)
-        return True
-    if stage.done:
-        run.tell(f"done again: {changed[1] if changed else 'an earlier stage was'}", name)
-    return False
+def _may_skip(run: Run, stage: Stage, name: str, anew: bool, path: Path, has_result: Callable[[], bool]) -> bool:
+    """Whether a stage is done, nothing has changed and its result is still there; tells the user in either case."""
+    why = None
+    if distributed.rank() == 0 and stage.done:
+        changed = stage.changed()
+        if changed or anew:
+            why = changed[1] if changed else "an earlier stage was"
+        elif not has_result():
+            why = f"{path} is not what it was"
+    done, why = distributed.agreed((stage.done, why))
+    if done:
+        run.tell(f"done again: {why}" if why else "done before with the same settings and inputs", name)
+    return done and not why
 
 
 def _begin(stage: Stage) -> None:
@@ -257,24 +253,38 @@ def _finish(stage: Stage, result: Any) -> None:
     distributed.gather(None)
 
 
-def _load_kmeans(folder: Path, number: int, hashes: Sequence[str]) -> list[clustering.KMeans] | None:
-    """The k-means models that a stage has left, or None where they are not the same any more."""
+def _load_kmeans(folder: Path, number: int) -> list[clustering.KMeans]:
+    return [clustering.KMeans.load(kmeans_file(folder, i, number)) for i in range(number)]
+
+
+def _has_kmeans(folder: Path, number: int, hashes: Sequence[str]) -> bool:
+    """Whether the k-means models that a stage has left are there as they were."""
     try:
-        kmeans = [clustering.KMeans.load(kmeans_file(folder, i, number)) for i in range(number)]
+        return [kmeans_hash(one) for one in _load_kmeans(folder, number)] == list(hashes)
     except UserError:
-        return None
-    return kmeans if [kmeans_hash(one) for one in kmeans] == list(hashes) else None
+        return False
 
 
 def _model_hash(path: Path) -> str:
     return weights_hash(read_weights(path)[1])
 
 
-def _same_model(path: Path, digest: str) -> bool:
+def _has_model(files: dict[str, Any], digest: str) -> bool:
+    """Whether the model that a stage has left is there as it was; its folder is made of the file where it is not."""
     try:
-        return _model_hash(path) == digest
+        fields, tensors = read_weights(files["model"])
+        if weights_hash(tensors) != digest:
+            return False
     except UserError:
         return False
+    try:
+        of_folder, tensors = read_weights(files["folder"] / "model.safetensors")
+        if of_folder.items() >= fields.items() and weights_hash(tensors) == digest:
+            return True
+    except UserError:
+        pass
+    load_file(files["model"])[0].save_pretrained(files["folder"])
+    return True
 
 
 def _publish(result: dict[str, Any], output_dir: Path) -> None:
