@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Predictions use too few clusters below this share of the targets', targets below this share of all.
 COLLAPSED_SHARE = 0.1
+# Below this number it is one cluster, and the rest is chance.
+_ONE = 1.5
 
 
 class ClusterUse:
@@ -60,7 +62,7 @@ class ClusterUse:
         pairs = self._perplexities()
         means = np.mean(pairs, 0).tolist()
         values = means if len(pairs) == 1 else [*means, *(value for pair in pairs for value in pair)]
-        collapsed = float(sum(predicted < COLLAPSED_SHARE * target for target, predicted in pairs))
+        collapsed = float(sum(_too_few(predicted, target) for target, predicted in pairs))
         return dict(zip(self.columns(len(pairs)), [*values, collapsed], strict=True))
 
     def alarms(self) -> dict[str, str]:
@@ -69,15 +71,15 @@ class ClusterUse:
         for e, (counts, (target, predicted)) in enumerate(zip(self.counts, self._perplexities(), strict=True)):
             which = f" of codebook {e}" if len(self.counts) > 1 else ""
             num_clusters, num_tokens = counts.shape[1], int(counts[0].sum())
-            if predicted < COLLAPSED_SHARE * target:
+            if _too_few(predicted, target):
                 found[f"predictions {e}"] = (
-                    f"the predictions{which} use {predicted:.1f} clusters, less than {COLLAPSED_SHARE:.0%} of the "
+                    f"the predictions{which} use {predicted:.1f} clusters, far fewer than the "
                     f"{target:.1f} that the targets use: the codebook has collapsed, or nothing is learned yet; if the "
                     "loss does not fall either, try a lower --learning_rate, a longer --warmup or fewer --num_clusters"
                 )
             # As many as there can be: few tokens cannot use many clusters.
             most = min(num_clusters, num_tokens)
-            if most > 1 and target < max(1.5, COLLAPSED_SHARE * most):
+            if _too_few(target, most):
                 found[f"targets {e}"] = (
                     f"the targets{which} use {target:.1f} of {num_clusters} clusters: there is little to predict; "
                     "look at them with hubert-ecg audit, and try another --feature_type or fewer --num_clusters"
@@ -88,6 +90,10 @@ class ClusterUse:
         """Of targets and of predictions, for each codebook."""
         counts = [of_both.cpu().numpy() for of_both in self.counts]
         return [(effective_number(target), effective_number(predicted)) for target, predicted in counts]
+
+
+def _too_few(used: float, of: float) -> bool:
+    return of >= 2 and used < max(_ONE, COLLAPSED_SHARE * of)
 
 
 def effective_number(counts: np.ndarray) -> float:

@@ -155,12 +155,14 @@ class MaskedPrediction(Objective):
             use.add(labels, self.model.likeliest(output.last_hidden_state), output.valid)
         for of_both in use.counts:
             distributed.add_up(of_both)
-        means = distributed.add_up(sums) / distributed.add_up(counts).clamp_min(1)
+        # NaN where no token is of a kind.
+        means = distributed.add_up(sums) / distributed.add_up(counts)
         self._raise_alarms(use)
         masked_loss, unmasked_loss, accuracy = means.tolist()
         alpha = self.config.alpha
+        of_others = (1 - alpha) * unmasked_loss if alpha < 1 and counts[1] else 0
         return {
-            "loss": masked_loss if alpha == 1 else alpha * masked_loss + (1 - alpha) * unmasked_loss,
+            "loss": alpha * masked_loss + of_others,
             "masked_loss": masked_loss,
             "unmasked_loss": unmasked_loss,
             "accuracy": accuracy,

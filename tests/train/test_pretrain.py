@@ -239,6 +239,16 @@ def test_validation_is_masked_and_always_the_same(cohort, tmp_path):
     assert set(first) == {"loss", *objective.metrics}
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_where_all_tokens_are_masked_there_is_no_loss_of_others(cohort, tmp_path, alpha):
+    objective = objective_of(settings(tmp_path, cohort.path, mask_prob=1.0, alpha=alpha))
+    with torch.no_grad():
+        metrics = objective.validate(lambda: None)
+    assert math.isnan(metrics["unmasked_loss"])
+    assert metrics["loss"] == alpha * metrics["masked_loss"]
+    assert metrics["masked_loss"] > 1
+
+
 def test_the_number_of_clusters_in_use():
     assert effective_number(np.array([7, 0, 0])) == 1
     assert effective_number(np.array([3, 3, 3, 3])) == 4
@@ -256,7 +266,7 @@ def test_cluster_use_is_counted_for_each_codebook_and_without_padding():
     metrics = use.metrics()
     assert tuple(metrics) == ClusterUse.columns(2)
     assert (metrics["target_clusters_0"], metrics["predicted_clusters_0"]) == (4, 1)
-    assert (metrics["predicted_clusters"], metrics["collapsed"]) == (1.5, 0)
+    assert (metrics["predicted_clusters"], metrics["collapsed"]) == (1.5, 1)
     assert ClusterUse.columns(1) == ("target_clusters", "predicted_clusters", "collapsed")
 
 
@@ -271,11 +281,15 @@ def test_alarms_are_raised_below_a_tenth():
     collapsed, found = alarms([10] * 40, [133] * 3 + [0] * 37)
     assert collapsed == 1
     assert list(found) == ["predictions 0"]
-    assert "use 3.0 clusters, less than 10% of the 40.0" in found["predictions 0"]
+    assert "use 3.0 clusters, far fewer than the 40.0" in found["predictions 0"]
     collapsed, found = alarms([133] * 3 + [0] * 37, [133] * 3 + [0] * 37)
     assert collapsed == 0
     assert list(found) == ["targets 0"]
     assert "use 3.0 of 40 clusters" in found["targets 0"]
+    # A tenth of few is less than there can be: one alone is too few.
+    assert list(alarms([10] * 8, [79, 1] + [0] * 6)[1]) == ["predictions 0"]
+    assert alarms([10] * 8, [60, 20] + [0] * 6) == (0, {})
+    assert alarms([90, 10], [100, 0])[0] == 0
     # Six tokens cannot use a tenth of a thousand clusters.
     assert alarms([1] * 6 + [0] * 994, [1] * 6 + [0] * 994) == (0, {})
 
