@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from hubert_ecg import native
 from hubert_ecg.ops._checked import CUDA_CHECKS
@@ -49,7 +50,7 @@ class Op:
         reference: the plain PyTorch truth, run wherever nothing faster exists.
 
     Attributes:
-        call: the operator as torch knows it, to be called by the public function.
+        overload: the operator as torch knows it.
         backends: device -> backend name -> function; the last is the default. From slow to fast, but a kernel that
             was never checked comes first: it runs where it is asked for by name.
         missing: device -> backend name -> why it is not there.
@@ -69,8 +70,20 @@ class Op:
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, lambda *args: self.pick("cpu")(*args), "CPU")
         LIBRARY.impl(self.name, lambda *args: self.pick("cuda")(*args), "CUDA")
-        self.call = getattr(torch.ops.hubert_ecg, self.name).default
+        self.overload = getattr(torch.ops.hubert_ecg, self.name).default
         OPS[self.name] = self
+
+    def call(self, *args: Any) -> Any:
+        """The operator, as the public function calls it.
+
+        Raises:
+            RuntimeError: An argument carries a forward-mode derivative, which torch would drop in silence.
+        """
+        if self.differentiable and forward_ad._current_level >= 0:
+            tensors = (x for x in args if isinstance(x, torch.Tensor))
+            if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+                raise RuntimeError(f"{self.name}: has no forward-mode derivative; use reverse mode (backward)")
+        return self.overload(*args)
 
     def composed(self, fn: Callable[..., Any]) -> None:
         """A backend made of other ops, on every device: for where this op has no kernel of its own, but they do."""

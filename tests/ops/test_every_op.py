@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from hubert_ecg import ops
 from hubert_ecg.ops import OPS, use_backend
@@ -96,12 +97,12 @@ def test_leaves_its_input_alone(op, device, backend):
 @every_op
 def test_output_is_contiguous_and_of_the_traced_kind(op):
     for args in op.samples("cpu"):
-        torch.library.opcheck(op.call, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @every_op
 def test_opcheck(op):
-    torch.library.opcheck(op.call, next(op.samples("cpu")))
+    torch.library.opcheck(op.overload, next(op.samples("cpu")))
 
 
 @every_public_op
@@ -213,6 +214,26 @@ def test_a_second_derivative_is_refused(op):
         torch.autograd.grad(gradient.square().sum(), leaves)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@each(DIFFERENTIABLE)
+def test_no_forward_mode_derivative_passes_in_silence(op):
+    args = convert(next(op.samples("cpu")), torch.float64)
+    for place, arg in enumerate(args):
+        if not isinstance(arg, torch.Tensor) or not arg.is_floating_point():
+            continue
+
+        def alone(x, place=place):
+            return getattr(ops, op.name)(*args[:place], x, *args[place + 1 :])
+
+        if op.name == "linear":  # torch's own in float64
+            torch.func.jvp(alone, (arg,), (torch.ones_like(arg),))
+            continue
+        with pytest.raises(RuntimeError, match=f"{op.name}: has no forward-mode derivative"):
+            torch.func.jvp(alone, (arg,), (torch.ones_like(arg),))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            alone(forward_ad.make_dual(arg, torch.ones_like(arg)))
+
+
 @each(DIFFERENTIABLE)
 def test_tensors_of_two_devices_are_refused(op):
     args = next(op.samples("cpu"))
@@ -231,7 +252,7 @@ def test_every_backend_gives_what_is_traced_of_any_memory_format(op):
     )
     for backend in op.backends["cpu"]:
         with use_backend(backend):
-            torch.library.opcheck(op.call, args, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @each(DIFFERENTIABLE)
