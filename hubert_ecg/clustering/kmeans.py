@@ -22,6 +22,7 @@ from hubert_ecg.clustering.telling import telling
 from hubert_ecg.config import UserError
 from hubert_ecg.data import plain_pickle
 from hubert_ecg.files import replacing
+from hubert_ecg.ops._op import check_flag, check_real
 
 _FORMAT = "hubert_ecg.KMeans"
 # What the file of a model says, and what besides it the object is made with.
@@ -136,7 +137,7 @@ class KMeans:
         ranks = Ranks("KMeans.fit", distributed)
         with ranks.together():
             self._check_parameters("fit")
-            seed = torch.tensor([int(np.random.default_rng(self.random_state).integers(1 << 63))])
+            seed = torch.tensor([int(self._random("fit").integers(1 << 63))])
         self._check_ranks_agree(ranks)
         points = self._points("fit", x, weight=sample_weight, ranks=ranks)
         given = self._given_start("fit", points)
@@ -187,7 +188,7 @@ class KMeans:
             centers = self._centers(points)
             weights = torch.as_tensor(getattr(self, "cluster_weights_", np.zeros(len(centers))), device=points.device)
         else:
-            given, random = self._given_start("partial_fit", points), np.random.default_rng(self.random_state)
+            given, random = self._given_start("partial_fit", points), self._random("partial_fit")
             centers = draw_start(points, self.n_clusters, self.init, random) if given is None else given
             weights = torch.zeros(self.n_clusters, dtype=torch.float64, device=points.device)
         batch = points.take(np.arange(points.num_rows))
@@ -383,13 +384,22 @@ class KMeans:
             value = getattr(self, name)
             if name == "batch_size" and value is None:
                 continue
-            if not isinstance(value, int | np.integer) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"KMeans.{op}: {name} must be a whole number of at least 1, got {value!r}")
+        check_real(f"KMeans.{op}: tol", self.tol)
         if not self.tol >= 0:
             raise ValueError(f"KMeans.{op}: tol must be at least 0, got {self.tol!r}")
+        check_flag(f"KMeans.{op}: normalize", self.normalize)
         if isinstance(self.init, str) and self.init not in METHODS:
             want = f"{', '.join(map(repr, METHODS))} or an array [K, D]"
             raise ValueError(f"KMeans.{op}: init must be {want}, got {self.init!r}")
+
+    def _random(self, op: str) -> np.random.Generator:
+        try:
+            return np.random.default_rng(self.random_state)
+        except (TypeError, ValueError) as error:
+            want = "a whole number from 0, a numpy.random.Generator or None"
+            raise ValueError(f"KMeans.{op}: random_state must be {want}, got {self.random_state!r}") from error
 
     def _check_ranks_agree(self, ranks: Ranks) -> None:
         names = [name for name in _FILED if name != "random_state"]

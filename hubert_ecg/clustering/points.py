@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from hubert_ecg import ops
 from hubert_ecg.clustering.ranks import Ranks
 from hubert_ecg.files import forget_pages, memory_map
-from hubert_ecg.ops._op import give_back, kind_of, to_tensor
+from hubert_ecg.ops._op import check_dense, give_back, kind_of, to_tensor
 
 #: A NumPy, CuPy or torch array, or (as scikit-learn takes them) nested lists.
 ArrayLike = Any
@@ -247,8 +247,18 @@ def as_given(result: Tensor, x: ArrayLike | BlockSource) -> ArrayLike:
 def as_tensor(what: str, x: ArrayLike) -> Tensor:
     """An array of any kind, or nested lists, as a tensor; in the same memory where that can be."""
     if isinstance(x, Tensor):
+        check_dense(what, x)
+        if x.is_meta:
+            raise ValueError(f"{what} must hold numbers, got a meta tensor, which has none")
         return x.detach()
-    return to_tensor(x if hasattr(x, "__dlpack__") else np.asarray(x), what)
+    if isinstance(x, Sequence):
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise ValueError(f"{what} must have rows of one length, got {error}") from error
+    elif not hasattr(x, "__dlpack__") and hasattr(x, "__array__"):
+        x = np.asarray(x)
+    return to_tensor(x, what)
 
 
 def chunks(x: Tensor) -> Iterator[slice]:

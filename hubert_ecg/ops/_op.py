@@ -226,9 +226,11 @@ def takes_arrays(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
                 if array is None and optional:
                     continue
                 kind = kind or kind_of(array)
+                what = f"{function.__name__}: {name}"
                 if isinstance(array, torch.Tensor):
+                    check_dense(what, array)
                     continue
-                tensor = to_tensor(array, f"{function.__name__}: {name}")
+                tensor = to_tensor(array, what)
                 if by_place:
                     given[place] = tensor
                 else:
@@ -253,6 +255,20 @@ def check_device(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> Non
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x ({x.device}), got {other.device}")
+
+
+def check_dtype(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises ValueError where one of the named tensors is not of the dtype of ``x``."""
+    for name, other in others.items():
+        if other is not None and other.dtype != x.dtype:
+            raise ValueError(f"{op}: {name} must be of the dtype of x ({x.dtype}), got {describe(other)}")
+
+
+def check_dense(what: str, x: torch.Tensor) -> None:
+    """Raises ValueError where ``x`` is sparse or nested; ``what`` is ``<op>: <argument>``."""
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"a {str(x.layout).removeprefix('torch.')} tensor"
+        raise ValueError(f"{what} must be dense, got {kind}; convert it first, with to_dense() or to_padded_tensor()")
 
 
 def check_whole(what: str, value: Any) -> None:
@@ -301,6 +317,8 @@ def to_tensor(array: Any, what: str) -> torch.Tensor:
     Raises:
         ValueError: it is no such array, or holds no real numbers.
     """
+    if hasattr(array, "toarray"):  # SciPy's sparse ones
+        raise ValueError(f"{what} must be dense, got a sparse {type(array).__name__}; convert it with toarray()")
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{what} must hold numbers, got dtype {array.dtype}")
@@ -329,4 +347,6 @@ def give_back(result: Any, kind: str) -> Any:
         return tuple(give_back(part, kind) for part in result)
     if not isinstance(result, torch.Tensor):
         return result
-    return result.numpy() if kind == "numpy" else sys.modules[kind].from_dlpack(result)
+    # What is no array library, or one that only gives, gets a tensor.
+    take = getattr(sys.modules.get(kind), "from_dlpack", torch.from_dlpack)
+    return result.numpy() if kind == "numpy" else take(result)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from hubert_ecg.ops import codebook_loss_reference as reference
-from hubert_ecg.ops._op import Array, Op, check_device, check_real, describe, takes_arrays, to_tensor
+from hubert_ecg.ops._op import (
+    Array,
+    Op,
+    autocast_dtype,
+    check_device,
+    check_dtype,
+    check_real,
+    describe,
+    takes_arrays,
+    to_tensor,
+)
 from hubert_ecg.ops.codebook_loss_reference import EPSILON, IGNORED, row_loss
 from hubert_ecg.ops.linear import linear
 
@@ -185,6 +195,8 @@ def _check_ensemble(
         if shift is not None and (shift.shape != weight.shape[:1] or not shift.is_floating_point()):
             raise ValueError(f"{op}: bias must be floating point [{len(weight)}], got {describe(shift)}")
         check_device(op, x, projection=weight, codebook=entries, bias=shift)
+        if autocast_dtype(x) is None:
+            check_dtype(op, x, projection=weight, bias=shift)
     _check_tokens(x, labels, len(projections))
     check_device(op, x, mask_indices=mask_indices)
     if mask_indices is not None and (mask_indices.dtype != torch.int64 or mask_indices.shape[:-1] != x.shape[:1]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hubert_ecg import native
 from hubert_ecg.ops import linear_reference as reference
-from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, describe, takes_arrays
+from hubert_ecg.ops._op import Array, Op, autocast_dtype, check_device, check_dtype, describe, takes_arrays
 from hubert_ecg.ops._rows import as_rows, wide
 
 _linear = Op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference.linear)
@@ -77,8 +77,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
         raise ValueError(f"linear: bias must be floating point [{len(weight)}], got {describe(bias)}")
     check_device("linear", x, weight=weight, bias=bias)
     wanted = autocast_dtype(x)
-    if wanted is None and weight.dtype != x.dtype:
-        raise ValueError(f"linear: weight must be of the dtype of x ({x.dtype}), got {describe(weight)}")
+    if wanted is None:
+        check_dtype("linear", x, weight=weight, bias=bias)
     dtype = wanted or x.dtype
     if product_dtype(x.device, dtype) == dtype:
         return F.linear(x, weight, bias)

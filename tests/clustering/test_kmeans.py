@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from sklearn import base, cluster, model_selection, pipeline, preprocessing
 
 import hubert_ecg
@@ -100,7 +101,20 @@ def test_transform_and_score():
         ({"n_clusters": 5}, np.zeros((4, 2)), "fit: x must have at least n_clusters = 5 rows, got 4"),
         ({"n_clusters": 0}, np.zeros((4, 2)), "n_clusters must be a whole number of at least 1, got 0"),
         ({"n_clusters": 2.0}, np.zeros((4, 2)), "n_clusters must be a whole number"),
+        ({"n_clusters": True}, np.zeros((4, 2)), "n_clusters must be a whole number"),
         ({"n_init": 0}, np.zeros((9, 2)), "n_init must be"),
+        ({"tol": None}, np.zeros((9, 2)), "fit: tol must be a number, got None"),
+        ({"normalize": "yes"}, np.zeros((9, 2)), "fit: normalize must be True or False, got 'yes'"),
+        ({"random_state": -1}, np.zeros((9, 2)), "fit: random_state must be a whole number from 0, .*, got -1"),
+        (
+            {"n_clusters": 2},
+            sparse.csr_array(np.eye(3)),
+            "fit: x must be dense, got a sparse csr_array",
+        ),
+        ({"n_clusters": 2}, torch.eye(3).to_sparse(), "fit: x must be dense, got a sparse_coo tensor"),
+        ({"n_clusters": 2}, torch.zeros(9, 2, device="meta"), "fit: x must hold numbers, got a meta tensor"),
+        ({"n_clusters": 2}, [[1, 2], [3]], "fit: x must have rows of one length"),
+        ({"n_clusters": 2}, None, "fit: x must be a NumPy, CuPy or torch array, got None"),
         ({"batch_size": 0}, np.zeros((9, 2)), "batch_size must be"),
         ({"tol": -1}, np.zeros((9, 2)), "tol must be at least 0"),
         ({"init": "best"}, np.zeros((9, 2)), "init must be 'k-means\\+\\+', 'k-means\\|\\|', 'random' or an array"),

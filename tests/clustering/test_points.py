@@ -292,6 +292,9 @@ def test_arrays_through_dlpack(monkeypatch):
         for found in (model.transform(given), model.normalized(given)):
             assert isinstance(found, Array)
             assert found.tensor.dtype == wanted
+    # A module that gives arrays and takes none.
+    del module.from_dlpack
+    assert torch.equal(model.predict(Array(x)), torch.from_numpy(model.predict(x.numpy())))
     kept = points.Points("fit", Array(x), normalize=False)
     assert kept.take(np.arange(3)).x.shape == (3, 7)
     assert next(kept.blocks()).x.data_ptr() == x.data_ptr()

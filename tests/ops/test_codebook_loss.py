@@ -231,6 +231,8 @@ def test_one_graph():
         ({"x": torch.zeros(3, 10)}, r"x must be floating point \[B, N, H\], got float32\[3, 10\]"),
         ({"projection": torch.zeros(6, 9)}, r"projection must be floating point \[P, 10\], got float32\[6, 9\]"),
         ({"projection": torch.zeros(6, 10).long()}, r"projection must be floating point \[P, 10\], got int64\[6, 10\]"),
+        ({"projection": torch.zeros(6, 10)}, r"projection must be of the dtype of x .*, got float32\[6, 10\]"),
+        ({"bias": torch.zeros(6).half()}, r"bias must be of the dtype of x .*, got float16\[6\]"),
         ({"projection": None}, "projection must be a NumPy, CuPy or torch array, got None"),
         ({"codebook": ["a"]}, "codebook must be a NumPy, CuPy or torch array, got str"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
@@ -246,7 +248,7 @@ def test_one_graph():
 )
 def test_refuses_bad_input_in_its_own_words(change, message):
     names = ("x", "projection", "bias", "codebook", "labels", "mask_indices")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"codebook_(loss|cross_entropy): {message}"):
         codebook_loss(**{**dict(zip(names, made(), strict=True)), **change})
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from torch.autograd import forward_ad
 
 from hubert_ecg import ops
@@ -127,6 +128,15 @@ def test_gives_back_the_kind_it_got(op):
     for a, e in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
         assert isinstance(a, np.ndarray)
         np.testing.assert_array_equal(a, e.numpy(), err_msg=op.name)
+
+
+@every_public_op
+def test_refuses_what_is_not_dense(op):
+    args = next(op.samples("cpu"))
+    place = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
+    for given, kind in ((args[place].to_sparse(), "a sparse_coo tensor"), (csr_array(np.eye(3)), "a sparse csr_array")):
+        with pytest.raises(ValueError, match=rf"^{op.name}: \w+ must be dense, got {kind}"):
+            getattr(ops, op.name)(*args[:place], given, *args[place + 1 :])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
