@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What a fingerprint looks at beside recordings: label tables and signal files that headers point to.
 _TABLES = {".csv", ".dat"}
+# One of these makes a folder a store.
+MANIFEST, BUILDING = "store.json", "building.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ def describe(record: Record, entry: Entry) -> Record:
 
 
 def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
-    """Files below a folder whose suffix (lower case) is wanted, sorted; hidden files and folders are left out.
+    """Files below a folder whose suffix (lower case) is wanted, sorted; what is hidden and stores below are left out.
 
     Links to folders are followed after the folders themselves, and no folder is walked twice.
     """
@@ -220,6 +222,10 @@ def walk(folder: Path, suffixes: Container[str]) -> Iterator[Path]:
             if place in seen:
                 continue
             seen.add(place)
+            if parent != os.fspath(folder) and not {MANIFEST, BUILDING}.isdisjoint(files):
+                # A store, perhaps of these very recordings.
+                folders.clear()
+                continue
             waiting.extend(Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))
             for name in sorted(files):
                 if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hubert_ecg.data import hdf5
-from hubert_ecg.data.npy import from_array, rate_of
+from hubert_ecg.data.npy import from_array
 from hubert_ecg.data.record import Record, age_of, sex_of
 
 # WFDB's MATLAB files keep ADC units; without their header the gain of all Challenge sources is taken, 1000 a mV.
@@ -31,8 +31,6 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str]) -> Reco
         return hdf5.read(path, sampling_rate_hz, lead_names)
     facts: dict[str, Any] = {}
     content = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
-    if "curr_sample_rate" in content:
-        sampling_rate_hz = rate_of({"fs": content["curr_sample_rate"]}, sampling_rate_hz)
     if "val" in content:
         signal, facts["default_unit"] = content["val"], _VAL_UNIT
     elif "ECG" in content and content["ECG"].dtype.names:

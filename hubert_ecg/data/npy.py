@@ -1,8 +1,9 @@
 """NumPy files: an array ``[n_leads, n_samples]`` in mV; which leads a .npy holds is for the caller to say.
 
 A .npz archive is read like HDF5 and MATLAB files: the array ``ecg``, ``signal``, ``tracings`` or ``data``, or its only
-matrix. What stands beside it wins over the caller, in upper or lower case: the rate (:data:`RATE_NAMES`), the leads
-(``lead_names``, ``leads``, ``sig_name`` or ``channels``), and the unit of all or of each (``units`` or ``unit``).
+matrix. What stands beside it wins over the caller, in upper or lower case: the rate (``fs``, ``sampling_rate_hz``,
+``SamplingFrequency``, ...: :data:`RATE_NAMES`), the leads (``lead_names``, ``leads``, ``sig_name`` or ``channels``; a
+name may state its unit, ``II (uV)``), and the unit of all or of each (``units`` or ``unit``).
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from hubert_ecg.data.record import Record, lead_name, voltages
+from hubert_ecg.data.record import Record, lead_name, split_unit, voltages
 
 SIGNAL_NAMES = ("ecg", "signal", "tracings", "data")
-RATE_NAMES = ("sampling_rate", "sample_rate", "sampling_frequency", "fs")
+# As :func:`_plain` spells them, from the plainest to what may mean another rate.
+RATE_NAMES = (
+    *("samplingrate", "samplerate", "samplingfrequency", "samplefrequency", "samplingfreq", "samplefreq"),
+    *("currsamplerate", "sfreq", "fs", "sr", "frequency", "freq", "rate"),
+)
 _LEADS_NAMES = ("lead_names", "leads", "sig_name", "channels")
 _UNIT_NAMES = ("units", "unit")
-_STATED = {*RATE_NAMES, *_LEADS_NAMES, *_UNIT_NAMES}
+_STATED = {*_LEADS_NAMES, *_UNIT_NAMES}
 
 _MAGIC = b"\x93NUMPY"
 
@@ -92,7 +97,10 @@ def from_array(
     """
     stated = _texts(beside, _LEADS_NAMES)
     names = stated if any(map(lead_name, stated)) else list(lead_names)
-    units = _texts(beside, _UNIT_NAMES) or [default_unit]
+    units = _texts(beside, _UNIT_NAMES)
+    if not units and (own := [split_unit(name)[1] for name in names]) and any(own):
+        names, units = [split_unit(name)[0] for name in names], [unit or default_unit for unit in own]
+    units = units or [default_unit]
     rows = rows_are_leads(array, names)
     if len(units) not in (1, len(rows)):
         raise ValueError(f"from_array: units must be one or {len(rows)}, one of each lead, got {len(units)}")
@@ -102,13 +110,18 @@ def from_array(
 
 def is_stated(name: str) -> bool:
     """Whether what a file holds under this name says something of its recording: its rate, leads or units."""
-    return name.lower() in _STATED
+    return name.lower() in _STATED or _plain(name) in RATE_NAMES
 
 
 def rate_of(beside: Mapping[str, Any], default_hz: float) -> float:
-    """The rate that a file states in Hz, under one of :data:`RATE_NAMES` in upper or lower case."""
-    stated = {name.lower(): value for name, value in beside.items()}
+    """The rate that a file states in Hz, under one of :data:`RATE_NAMES` however it is spelled."""
+    stated = {_plain(name): value for name, value in beside.items()}
     return next((float(np.ravel(stated[name])[0]) for name in RATE_NAMES if name in stated), default_hz)
+
+
+def _plain(name: str) -> str:
+    """``Sampling_Rate (Hz)`` as ``samplingrate``."""
+    return "".join(filter(str.isalnum, name.lower())).removesuffix("hz")
 
 
 def _texts(beside: Mapping[str, Any], names: Sequence[str]) -> list[str]:

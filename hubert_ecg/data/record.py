@@ -31,6 +31,11 @@ _AROUND = re.compile(r"^(?:(?:MDC_)?(?:ECG|EKG))?[ _]*(?:LEAD)?[ _]*|[ ,]*\(.*\)
 _MV_PER_UNIT = {"": 1.0, "mv": 1.0, "millivolt": 1.0, "v": 1e3, "volt": 1e3, "nv": 1e-6, "nanovolt": 1e-6}
 _MV_PER_UNIT |= dict.fromkeys(("uv", "µv", "μv", "microvolt"), 1e-3)
 
+_UNITS = "|".join((*filter(None, _MV_PER_UNIT), "s", "sec", "seconds", "ms", "us"))
+_WITH_UNIT = re.compile(
+    rf"(?P<name>.+?)(?:\s*\[(?P<square>[^\]]+)\]|\s*\((?P<round>{_UNITS})s?\)|[ _](?P<plain>{_UNITS}))", re.IGNORECASE
+)
+
 # No electrode sees this much (mV); a signal beyond it has a wrong gain or damaged samples.
 LARGEST_MV = 1e9
 
@@ -47,6 +52,16 @@ def lead_name(name: str) -> str | None:
     ('V3', None)
     """
     return _ALIASES.get(_AROUND.sub("", name.strip()).upper())
+
+
+def split_unit(name: str) -> tuple[str, str]:
+    """The name of a channel and the unit that stands behind it, in brackets or after a blank or an underscore.
+
+    >>> split_unit("II [uV]"), split_unit("V1_mV"), split_unit("Time (ms)"), split_unit("Lead I (Einthoven)")
+    (('II', 'uV'), ('V1', 'mV'), ('Time', 'ms'), ('Lead I (Einthoven)', ''))
+    """
+    match = _WITH_UNIT.fullmatch(name.strip())
+    return (match["name"], match["square"] or match["round"] or match["plain"]) if match else (name.strip(), "")
 
 
 def mv_per_unit(unit: object) -> float | None:

@@ -27,6 +27,7 @@ import torch
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data import label_sets
+from hubert_ecg.data.dataset import BUILDING, MANIFEST
 from hubert_ecg.data.folds import NO_FOLD, TEST_FOLD, VALIDATION_FOLD
 from hubert_ecg.data.gather import Gather, open_shards
 from hubert_ecg.data.label_sets import LabelSet, LabelWriter
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
-MANIFEST, BUILDING, INDEX, SHARDS = "store.json", "building.json", "index.parquet", "shards"
+INDEX, SHARDS = "index.parquet", "shards"
 SPLITS = ("train", "validation", "test", "all")
 # Columns of the index that say where samples lie, and those that a record carries.
 _PLACES = {"shard", "offset", "scale", "present"}

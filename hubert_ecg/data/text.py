@@ -1,29 +1,35 @@
 """Tables of samples as text (.txt, .csv): a first line of lead names, then one line per sample, in mV.
 
-Columns are split by blanks, tabs, commas or semicolons. A name may state its unit, ``II [uV]``; a column ``time`` (in
-s, or as it states: ``time (ms)``) gives the rate. A sample that is left blank between commas is missing.
+Columns are split by blanks, tabs, commas or semicolons. A name may state its unit, ``II [uV]`` or ``II_uV``; a column
+``time`` (in s, or as it states: ``time (ms)``) gives the rate; other columns are left out. A sample that is left blank
+between commas is missing.
 """
 
 from __future__ import annotations
 
-import re
+import codecs
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hubert_ecg.data.record import SLOWEST_HZ, Record, lead_name, voltages
+from hubert_ecg.data.record import SLOWEST_HZ, Record, lead_name, split_unit, voltages
 
-_COLUMN = re.compile(r"(?P<name>.*?)\s*(?:[\[(](?P<unit>[^\])]*)[\])])?")
 _TIME_NAMES = ("time", "t", "seconds")
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 def header(path: Path) -> tuple[str, ...]:
-    """The columns of a text recording; empty when the file is another kind of text."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    """The columns of a text recording; empty when the file is another kind of text.
+
+    A recording has two leads or more, or one and the time at most.
+    """
+    with open(path, encoding=_encoding(path), errors="replace") as file:
         names = _split(file.readline(1000))[0]
-    return names if any(lead_name(_parts(name)[0]) for name in names) and all(map(_is_known, names)) else ()
+    leads = [name for name in names if lead_name(split_unit(name)[0])]
+    return names if len(leads) > 1 or (leads and all(name in leads or _is_time(name) for name in names)) else ()
 
 
 def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) -> Record:
@@ -36,32 +42,39 @@ def read(path: Path, sampling_rate_hz: float, lead_names: Sequence[str] = ()) ->
     if not names:
         got = "other words" if path.stat().st_size else "an empty file"
         raise ValueError(f"text.read: first line must name the leads (I II V1 ...), got {got}")
-    with open(path, encoding="utf-8-sig") as file:
+    used = used_columns(names)
+    with open(path, encoding=_encoding(path)) as file:
         delimiter = _split(next(file))[1]
-        missing = (lambda cell: float(cell.strip() or "nan")) if delimiter else None
-        table = np.loadtxt(file, ndmin=2, delimiter=delimiter, comments=None, converters=missing)
+        # Each line must have all columns; those that are left out may hold words.
+        converters: Any = {place: _number if place in used else _left_out for place in range(len(names))}
+        table = np.loadtxt(file, ndmin=2, delimiter=delimiter, comments=None, converters=converters)
     if table.shape[1] != len(names):
         raise ValueError(f"text.read: each line must hold {len(names)} numbers, got {table.shape[1]}")
-    return from_columns(table.T, names, sampling_rate_hz, path)
+    return from_columns(table.T[used], [names[place] for place in used], sampling_rate_hz, path)
+
+
+def used_columns(names: Sequence[str]) -> list[int]:
+    """The places of the leads and of the time among the columns of a table."""
+    return [place for place, name in enumerate(names) if lead_name(split_unit(name)[0]) or _is_time(name)]
 
 
 def from_columns(
     columns: Sequence[np.ndarray] | np.ndarray, names: Sequence[str], sampling_rate_hz: float, path: Path
 ) -> Record:
-    """A record from columns of samples: leads by name, in mV or the unit that a name states, and perhaps the time.
+    """A record from columns of samples: leads, in mV or the unit that a name states, and perhaps the time.
 
     Raises:
-        ValueError: A column names neither a lead nor the time, or the time is not even.
+        ValueError: There is no lead, its unit is no voltage, or the time is not even.
     """
     leads = []
     for name, column in zip(names, columns, strict=True):
-        bare, unit = _parts(name)
-        if not _is_known(name):
-            raise ValueError(f"from_columns: columns must be leads or the time, got {name!r}")
-        if lead_name(bare):
-            leads.append((column, bare, unit))
-        else:
+        bare, unit = split_unit(name)
+        if _is_time(name):
+            if unit.lower() not in _SECONDS:
+                raise ValueError(f"from_columns: time must be in s, ms or us, got {name!r}")
             sampling_rate_hz = _rate_hz(np.asarray(column, dtype=np.float64) * _SECONDS[unit.lower()])
+        else:
+            leads.append((column, bare, unit))
     rows, kept, units = zip(*leads, strict=True) if leads else ((), (), ())
     signal, kept_names = voltages(rows, kept, units)
     return Record(signal, sampling_rate_hz, kept_names, record_id=path.stem, source=path.name)
@@ -83,14 +96,21 @@ def _rate_hz(time_s: np.ndarray) -> float:
 
 def _split(line: str) -> tuple[tuple[str, ...], str | None]:
     delimiter = next((mark for mark in ",;\t" if mark in line), None)
-    return tuple(name.strip().strip('"') for name in line.strip().split(delimiter)), delimiter
+    return tuple(name.strip().strip('"') for name in line.rstrip("\r\n").split(delimiter)), delimiter
 
 
-def _parts(name: str) -> tuple[str, str]:
-    match = _COLUMN.fullmatch(name.strip())
-    return (match["name"], match["unit"] or "") if match else (name, "")
+def _number(cell: str) -> float:
+    return float(cell.strip() or "nan")
 
 
-def _is_known(name: str) -> bool:
-    bare, unit = _parts(name)
-    return lead_name(bare) is not None or (bare.lower() in _TIME_NAMES and unit.lower() in _SECONDS)
+def _left_out(cell: str) -> float:
+    return math.nan
+
+
+def _is_time(name: str) -> bool:
+    return split_unit(name)[0].lower() in _TIME_NAMES
+
+
+def _encoding(path: Path) -> str:
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+import scipy.io
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -291,6 +292,8 @@ def test_a_header_names_files_beside_it_alone(save, tmp_path):
         ("I [Ohm],II", "1,2\n3,4", "unit of lead I must be a voltage"),
         ("time,t", "0,0\n1,1", "first line must name the leads"),
         ("I,pulse", "0,0\n1,1", "first line must name the leads"),
+        ("I,II,time [h]", "1,1,1\n2,2,2", r"time must be in s, ms or us, got 'time \[h\]'"),
+        ("I,II,note", "1,1,x\n2,2", "columns"),
     ],
 )
 def test_damaged_csv(tmp_path, header, rows, message):
@@ -321,8 +324,49 @@ def test_parquet_states_its_rate_or_the_caller_does(tmp_path):
     assert record.sampling_rate_hz == 360
     np.testing.assert_array_equal(record.signal, np.float32([[1, 2, np.nan], [4, 5, 6]]))
     table.assign(note="x").to_parquet(tmp_path / "r.parquet")
-    with pytest.raises(ReadError, match="columns must be"):
+    assert read_record(tmp_path / "r.parquet").lead_names == ("II", "V1")
+    table.assign(I="x").to_parquet(tmp_path / "r.parquet")
+    with pytest.raises(ReadError, match=r"columns must be numbers, got other values in \['I'\]"):
         read_record(tmp_path / "r.parquet")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [",I_mV,II_mV", "index,I,II", "Time_s,I,II", "sample;I [mV];II [mV]", "name\tI (mV)\tII (mV)", "\tI\tII"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_columns_that_are_no_leads_are_left_out(tmp_path, head, encoding):
+    mark = next(mark for mark in ",;\t" if mark in head)
+    first = "abc" if head.startswith("name") else None
+    lines = [head, *(mark.join((first or f"{i / 400}", f"{i}", f"{-i}")) for i in range(8))]
+    (tmp_path / "r.csv").write_text("\n".join(lines), encoding=encoding)
+    record = read_record(tmp_path / "r.csv", 500)
+    assert record.lead_names == ("I", "II")
+    assert record.sampling_rate_hz == (400 if head.startswith("Time") else 500)
+    np.testing.assert_array_equal(record.signal, [np.arange(8), -np.arange(8)])
+    assert [entry.record_id for entry in open_dataset("folder", tmp_path).entries()] == ["r"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fs", "Fs", "sfreq", "samplingRate", "sampling_rate_hz", "Sampling_Frequency", "frequency", "rate", "fs_hz"],
+)
+def test_a_rate_beside_the_signal_is_seen_however_it_is_spelled(tmp_path, name):
+    signal = twelve(250, 2).astype(np.float32)
+    np.savez(tmp_path / "a.npz", ecg=signal, **{name: 250})
+    scipy.io.savemat(tmp_path / "b.mat", {"val": signal, name: 250})
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file.create_dataset("ecg", data=signal).attrs[name] = 250
+    assert {path.name: read_record(path).sampling_rate_hz for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("a.npz", "b.mat", "c.h5"), 250
+    )
+
+
+def test_names_of_leads_state_units(tmp_path):
+    np.savez(tmp_path / "a.npz", ecg=np.ones((2, 600)), lead_names=["I (uV)", "V2_mV"])
+    record = read_record(tmp_path / "a.npz")
+    assert record.lead_names == ("I", "V2")
+    np.testing.assert_allclose(record.signal[:, 0], [1e-3, 1])
 
 
 def test_files_that_claim_more_than_they_hold(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 
@@ -314,6 +315,25 @@ def test_exams_are_told_apart_by_id(tmp_path):
     for entry, reason in ((first, "exams_part0.hdf5"), (fourth, "nothing but zeros"), (fifth, "exam 15 is not in")):
         with pytest.raises(ReadError, match=reason):
             dataset.read(entry)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_damaged_part_is_left_out(tmp_path):
+    make_code15(tmp_path)
+    dataset = open_dataset("code15", tmp_path)
+    first, *_ = dataset.entries()
+    with h5py.File(tmp_path / "exams_part0.hdf5", "r+") as file:
+        del file["tracings"]
+        file.create_group("tracings")
+    with pytest.raises(ReadError, match=r"exams_part0\.hdf5#"):
+        dataset.read(first)
+    part = tmp_path / "exams_part17.hdf5"
+    content = part.read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 200)):
+        part.write_bytes(content[:place] + b"\xff" * 16 + content[place + 16 :])
+        for entry in dataset.entries()[3:]:
+            with contextlib.suppress(ReadError):
+                dataset.read(entry)
 
 
 def test_sources_of_the_challenge_2025(tmp_path):

@@ -344,6 +344,17 @@ def test_open_store_packs_once(recordings, monkeypatch):
     assert open_store(recordings, sampling_rate=250, num_workers=0, progress=False).path != store.path
 
 
+def test_a_store_among_recordings_is_none_of_them(recordings):
+    def seen():
+        dataset = open_dataset("folder", recordings)
+        return dataset.fingerprint(), [entry.source for entry in dataset.entries()]
+
+    before = seen()
+    build.build(open_dataset("folder", recordings), recordings / "packed")
+    assert (recordings / "packed" / "index.parquet").is_file()
+    assert seen() == before
+
+
 @pytest.mark.slow
 def test_the_same_store_whatever_the_number_of_processes(recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_POOL_FROM_RECORDS", 1)

@@ -119,7 +119,8 @@ class _Exams(Challenge2025):
                 if not 0 <= position < len(tracings) or tracings.shape[2:] != (len(LEADS),):
                     raise ReadError(f"{entry.source}: exam {entry.record_id} is not in {list(tracings.shape)} tracings")
                 signal = np.asarray(tracings[position], dtype=np.float32).T
-        except (OSError, KeyError) as error:
+        # h5py has no error of its own: what is damaged raises any of these.
+        except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ReadError(f"{entry.source}: {' '.join(str(error).split())}") from error
         # Exams of 7 s and 10 s are centred in 4096 samples of zeros.
         used = np.flatnonzero(signal.any(0))
