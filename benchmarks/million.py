@@ -52,7 +52,7 @@ def main() -> None:
         raise SystemExit(f"{args.folder} has {free / 1e9:.0f} GB left, {needed / 1e9:.0f} are needed: see --folder")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="million-") as name:
         store, features, kmeans, models = (Path(name) / part for part in ("store", "features", "kmeans.pkl", "models"))
-        command = [sys.executable, "-m", "hubert_ecg.cli"]
+        command = [sys.executable, "-m", "hubert_ecg"]
         data = ["--data_path", store, "--crop_s", args.crop_s]
         limits = ["--max_steps", STEPS, "--validation_share", min(1000 / args.num_records, 0.5)]
         files = ["--kmeans_path", kmeans, "--output_dir", models]

@@ -154,7 +154,3 @@ def _explain(error: Exception, cls: type) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

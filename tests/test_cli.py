@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -66,6 +68,13 @@ def test_a_run_that_cannot_go_on_is_one_line_and_exit_code_1(capsys, monkeypatch
     monkeypatch.setattr(cli.Command, "function", lambda self: stop)
     assert cli.main(["pretrain", "--data_path", "x"]) == 1
     assert capsys.readouterr().err == "hubert-ecg: error: the loss is not finite, on the batch of records a, b\n"
+
+
+def test_the_package_is_the_command_too():
+    done = subprocess.run([sys.executable, "-m", "hubert_ecg", "pretrian"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("hubert-ecg: error: unknown command 'pretrian'; the commands are prepare, ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_switch_needs_no_value():

@@ -20,7 +20,7 @@ COMMANDS = re.findall(r"^.*\btorchrun (.+)$", "\n".join(re.findall(r"```bash\n(.
 def test_each_command_is_understood(line):
     launch = get_args_parser().parse_args(shlex.split(line))
     assert launch.module
-    assert launch.training_script == "hubert_ecg.cli"
+    assert launch.training_script == "hubert_ecg"
     command, *argv = launch.training_script_args
     config = cli.parse(command, argv)
     for word in argv:

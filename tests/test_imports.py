@@ -13,7 +13,7 @@ import hubert_ecg
 
 ROOT = Path(hubert_ecg.__file__).parent
 PATH = ["config", "files", "native", "ops", "signal", "data", "features", "clustering", "models", "evaluation", "train"]
-PATH += ["info", "demo", "cli"]
+PATH += ["info", "demo", "cli", "__main__"]
 # The package's own table of public names stands before the path; testing serves tests and benchmarks alone.
 OUTSIDE = {"__init__", "testing"}
 HEAVY = ["triton", "matplotlib", "wfdb", "pandas", "sklearn", "cupy", "transformers", "tensorboard", "jsonargparse"]

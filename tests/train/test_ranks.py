@@ -209,7 +209,7 @@ def test_pretraining_on_two_ranks_gives_the_weights_of_one(processes, recordings
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert cli.main(["pretrain", *argv, "--output_dir", str(tmp_path / "1"), "--batch_size", "4"]) == 0
     mine = ["--output_dir", tmp_path / "2", "--batch_size", 2]
-    done = processes.run(2, "-m", "hubert_ecg.cli", "pretrain", *argv, *mine)
+    done = processes.run(2, "-m", "hubert_ecg", "pretrain", *argv, *mine)
     assert done.out.count("8 clusters of") == 1
     one, two = (tmp_path / str(n) / "hubert_ecg" for n in (1, 2))
     assert_close(one, two)
@@ -228,13 +228,13 @@ def test_pretraining_on_two_ranks_gives_the_weights_of_one(processes, recordings
 def test_evaluation_on_two_ranks_gives_the_numbers_of_one(processes, cohort, tmp_path, one_thread):
     common = ["--dataset", "synthetic", "--task", "all", "--data_path", cohort.path, "--device", "cpu"]
     settings = ["--pretrained_model", "random:tiny", "--max_steps", 3, "--output_dir", tmp_path, "--batch_size", 4]
-    tuned = processes.run(2, "-m", "hubert_ecg.cli", "finetune", *common, *settings, "--num_crops", 2)
+    tuned = processes.run(2, "-m", "hubert_ecg", "finetune", *common, *settings, "--num_crops", 2)
     assert tuned.out.count("step 3/3  validation") == 1
     # 40 records in batches of 7: six batches, the last one not full.
     some = ["--model_path", tmp_path / "synthetic_all.pt", "--test_split", "all", "--batch_size", 7]
     command = ["evaluate", *common, *some, "--num_bootstrap", 10, "--output_dir"]
     assert cli.main([*map(str, command), str(tmp_path / "1")]) == 0
-    done = processes.run(2, "-m", "hubert_ecg.cli", *command, tmp_path / "2")
+    done = processes.run(2, "-m", "hubert_ecg", *command, tmp_path / "2")
     assert done.out.count("report.html, report.json") == 1
     one, two = ((tmp_path / str(n) / "predictions.csv").read_bytes() for n in (1, 2))
     assert one == two
