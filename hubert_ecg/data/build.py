@@ -166,7 +166,8 @@ def check_task(dataset: str, data_path: str | Path | None, task: str) -> None:
         source = open_dataset(dataset, data_path)
         name = source.name
     if task not in source.tasks:
-        raise UserError(f"{name} has no task {task!r}; its tasks: {', '.join(source.tasks) or 'none'}")
+        known = f"its tasks: {', '.join(source.tasks) or 'none'}"
+        raise UserError("; ".join([f"{name} has no task {task!r}", known, *_left_out(source)]))
 
 
 def build(
@@ -396,7 +397,23 @@ def _tell(store: Store) -> None:
     counts = store.manifest["datasets"]
     if len(counts) > 1:
         say("of them " + ", ".join(f"{name} {facts['num_records']}" for name, facts in counts.items()))
+    for line in _left_out(store):
+        say(line)
     for task, labels in store.manifest["dropped_labels"].items():
         say(f"{task}: labels of one patient alone are left out: {', '.join(labels)}")
     if store.read_share is not None:
         say(f"{store.read_share:.0%} of the work was reading files, the rest preparing what they hold")
+
+
+def _left_out(source: Store | Dataset) -> list[str]:
+    """Of each table with columns that are neither labels nor numbers, which these are and why."""
+    if isinstance(source, Store):
+        tables = {name: facts.get("left_out_columns", {}) for name, facts in source.manifest["datasets"].items()}
+    else:
+        tables = {name: getattr(part, "left_out", {}) for name, part in source.parts.items()}
+    return [
+        f"{name}: columns left out, because they are neither of labels (1 and 0, true and false, yes and no, y and n) "
+        f"nor of numbers: {', '.join(f'{column} ({why})' for column, why in columns.items())}"
+        for name, columns in tables.items()
+        if columns
+    ]

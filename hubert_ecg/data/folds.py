@@ -20,6 +20,7 @@ import numpy as np
 from hubert_ecg.config import UserError
 from hubert_ecg.data.dataset import Dataset, Entry, learnable, number, patient_name
 from hubert_ecg.data.readers import READERS
+from hubert_ecg.data.tables import read_table
 
 NUM_FOLDS = 10
 VALIDATION_FOLD, TEST_FOLD = 9, 10
@@ -33,6 +34,7 @@ _FIRST_BLOCK = (1, 9, 10, 2, 3, 4, 5, 6, 7, 8)
 _FEW = 3 * NUM_FOLDS
 _SPLITS = {"train": 1, "training": 1, "test": TEST_FOLD}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), VALIDATION_FOLD)
+FOLD_COLUMNS = ("fold", "strat_fold", "split")
 _ID_COLUMNS = ("record_id", "filename", "file_name", "ecg_id", "record")
 
 
@@ -191,8 +193,8 @@ def _stratify(labels: Mapping[str, frozenset[str]], seed: int) -> dict[str, int]
 
 
 def read_splits(path: str | Path) -> dict[str, int]:
-    """A table of splits: a CSV file with ``record_id`` or ``filename``, and ``fold`` (1 to 10) or ``split`` (train,
-    validation, test).
+    """A table of splits: a file with the columns ``record_id`` or ``filename``, and ``fold`` (1 to 10) or ``split``
+    (train, validation, test); see :func:`hubert_ecg.data.tables.read_table`.
 
     Returns:
         The fold of each name.
@@ -200,30 +202,26 @@ def read_splits(path: str | Path) -> dict[str, int]:
     Raises:
         UserError: The file cannot be read, or says something else; the message names the line.
     """
-    import pandas as pd
-
-    try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--splits_from: {path} cannot be read: {error}") from error
-    columns = {name.strip().lower(): name for name in reversed(rows.columns)}
-    name_column = next((columns[name] for name in _ID_COLUMNS if name in columns), None)
-    fold_column = next((columns[name] for name in ("fold", "strat_fold", "split") if name in columns), None)
+    table = read_table("--splits_from", path)
+    name_column, fold_column = table.column(_ID_COLUMNS), table.column(FOLD_COLUMNS)
     if name_column is None or fold_column is None:
         raise UserError(
             f"--splits_from: {path} must have a column record_id or filename, and a column fold or split, "
-            f"got {', '.join(rows.columns)}"
+            f"got {', '.join(table.columns)}"
         )
     folds: dict[str, int] = {}
-    for line, (name, value) in enumerate(zip(rows[name_column], rows[fold_column], strict=True), start=2):
+    for line, row in table.rows.items():
+        name, value = row[name_column], row[fold_column]
         fold = fold_of(value)
+        if not name:
+            raise UserError(f"--splits_from: {table.where(line)}: {name_column} must name a record, got a blank")
         if fold is None:
             raise UserError(
-                f"--splits_from: {path}, line {line}: must be a fold from 1 to 10, or train, validation or test, "
-                f"got {value!r}"
+                f"--splits_from: {table.where(line)}: must be a fold from 1 to {NUM_FOLDS}, or train, validation or "
+                f"test, got {value!r}"
             )
-        if folds.setdefault(name.strip(), fold) != fold:
-            raise UserError(f"--splits_from: {path}, line {line}: {name} has two folds")
+        if folds.setdefault(name, fold) != fold:
+            raise UserError(f"--splits_from: {table.where(line)}: {name} has two folds")
     return folds
 
 

@@ -161,7 +161,7 @@ def finish(
     manifest = {
         "format_version": FORMAT_VERSION,
         "dataset": dataset.name,
-        "datasets": {name: {"num_records": counts[name], "tasks": part.tasks} for name, part in dataset.parts.items()},
+        "datasets": {name: {"num_records": counts[name], **_facts(part)} for name, part in dataset.parts.items()},
         "num_records": num_records,
         "hours": round(hours, 4),
         "sampling_rate_hz": settings.sampling_rate_hz,
@@ -184,6 +184,11 @@ def finish(
     for position in range(num_shards):
         part_of(folder, position).unlink()
     (folder / BUILDING).unlink()
+
+
+def _facts(part: Dataset) -> dict[str, Any]:
+    left_out = getattr(part, "left_out", {})
+    return {"tasks": part.tasks, **({"left_out_columns": left_out} if left_out else {})}
 
 
 def _readable(folder: Path, num_shards: int) -> set[str] | None:

@@ -303,12 +303,55 @@ def test_csv(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["Labels.CSV", "labels.tsv"])
+def test_csv_by_other_names(tmp_path, name):
+    np.save(tmp_path / "a.npy", np.zeros((12, 10)))
+    (tmp_path / name).write_text("filename\tAF\na\t1\n")
+    dataset = open_dataset("auto", tmp_path)
+    assert (dataset.name, [entry.labels["all"] for entry in dataset.entries()]) == ("csv", [("AF",)])
+    before = dataset.fingerprint()
+    (tmp_path / name).write_text("filename\tAF\na\t0\n")
+    assert open_dataset("csv", tmp_path).fingerprint() != before
+    (tmp_path / "labels.csv").write_text("filename,AF\na,1\n")
+    with pytest.raises(UserError, match=rf"a folder must hold one table of labels, got .*{name}.*: keep one"):
+        open_dataset("csv", tmp_path)
+
+
+def test_csv_labels_are_bits_in_any_words_and_other_columns_are_told(tmp_path):
+    (tmp_path / "labels.csv").write_text(
+        ' filename , AF,"AV block, 1st",SR,PVC,ef,rhythm,both,grade,empty,Unnamed: 0,Path\n'
+        "a,y,Yes,TRUE,1.0,,sinus,1,yes,NaN,7,1\n"
+        "b,N,no,false,0,55,,unknown,2,,8,2\n"
+        "c, Y ,,n/a,0,6e1,AF,2,2,,9,3\n"
+    )
+    dataset = open_dataset("csv", tmp_path)
+    assert dataset.tasks == ("all", "ef")
+    labels = [entry.labels["all"] for entry in dataset.entries()]
+    assert labels == [("AF", "AV block, 1st", "PVC", "SR"), (), ("AF",)]
+    assert [dict(entry.values) for entry in dataset.entries()] == [{}, {"ef": 55}, {"ef": 60}]
+    assert dataset.left_out == {
+        "rhythm": "'sinus' in labels.csv, line 2",
+        "both": "'unknown' in labels.csv, line 3",
+        "grade": "'2' in labels.csv, line 3",
+        "empty": "blank",
+    }
+
+
+def test_csv_tables_of_splits_have_one_set_of_columns(tmp_path):
+    (tmp_path / "x_train.csv").write_text("filename,AF,SR\na,1,1\n")
+    (tmp_path / "x_test.csv").write_text("filename,AF\nb,1\n")
+    with pytest.raises(UserError, match=r"x_train\.csv must have the columns of .*x_test\.csv, got others: SR"):
+        open_dataset("csv", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        (",AF\n", "must have a column filename, got Unnamed: 0, AF"),
+        ("filename,AF\na,1\n ,0\n", r"labels\.csv, line 3: filename must name a file, got a blank"),
         ("name,AF\na,1\n", "must have a column filename, got name, AF"),
-        ("filename,AF\na,1\na,0\n", "record a occurs twice"),
-        ("filename,fold\na,11\n", "fold in .* must be 1 to 10, got 11"),
+        ("filename,AF\na,1\na,0\n", r"line 3: record a occurs twice, first in .*labels\.csv, line 2"),
+        ("filename,fold\na,11\n", "fold in .*, line 2 must be 1 to 10, got 11"),
         ("", "cannot be read"),
     ],
 )

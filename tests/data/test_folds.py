@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from hubert_ecg.config import PrepareConfig, UserError
-from hubert_ecg.data import Entry, Store, open_store, prepare
+from hubert_ecg.data import Entry, Store, check_task, open_store, prepare
 from hubert_ecg.data.dataset import learnable
 from hubert_ecg.data.folds import assign_folds, check_given, given_folds, read_splits, split_name
 from hubert_ecg.data.store import file_hash
@@ -130,7 +130,7 @@ def test_tables_of_splits(tmp_path):
     table.write_text("filename,split\na/1.txt,train\nb/1.txt,test\nvisit.1.npy,val\n")
     sources = ["x/a/1.txt", "x/b/1.txt", "x/visit.1.npy", "x/visit.2.npy", "b/1.txt"]
     assert given_folds(read_splits(table), sources, sources, table) == [0, 0, 9, 0, 10]
-    table.write_text("record_id,fold,split\nr4,7,test\nr0,9,test\n")
+    table.write_text(" Record_ID ;fold;split\nr4;7;test\nr0;9;test\n")
     assert given_folds(read_splits(table), *names, table) == [9, 0, 0, 0, 7]
 
 
@@ -140,6 +140,7 @@ def test_tables_of_splits(tmp_path):
         ("", "cannot be read"),
         ("a,b\n1,2\n", "must have a column record_id or filename, and a column fold or split, got a, b"),
         ("record_id,fold\nr1,3\nr2,11\n", "line 3: must be a fold from 1 to 10, or train, .*got '11'"),
+        ("record_id,split\n,train\n", "line 2: record_id must name a record, got a blank"),
         ("record_id,split\nr1,train\nr1,test\n", "line 3: r1 has two folds"),
         ("record_id,split\nz,train\n", "has none of the records; it names z"),
     ],
@@ -205,6 +206,18 @@ def test_labels_are_spread_over_what_can_be_read(tmp_path, folder, broken):
     (folder / "labels.csv").write_text((folder / "labels.csv").read_text().replace(lines[int(broken[1])] + "\n", ""))
     other = prepare(PrepareConfig(data_path=folder, output_dir=tmp_path / "o", num_workers=0), progress=False)
     assert (other.folds.tolist(), other.label_names("all")) == (store.folds.tolist(), store.label_names("all"))
+
+
+def test_columns_of_words_are_told(tmp_path, folder, capsys):
+    lines = [f"r{k},{int(k < 4)},{int(k >= 4)},{'AF' if k else ''}" for k in range(8)]
+    (folder / "labels.csv").write_text("filename,A,B,rhythm\n" + "\n".join(lines))
+    said = "nor of numbers: rhythm ('AF' in labels.csv, line 3)"
+    store = prepare(PrepareConfig(data_path=folder, output_dir=tmp_path / "s", num_workers=0))
+    assert said in capsys.readouterr().err
+    assert store.manifest["datasets"]["csv"]["left_out_columns"] == {"rhythm": "'AF' in labels.csv, line 3"}
+    for path in (folder, store.path):
+        with pytest.raises(UserError, match="csv has no task 'rhythm'; its tasks: all; csv: .*" + re.escape(said)):
+            check_task("csv", path, "rhythm")
 
 
 def test_given_splits(tmp_path, folder):

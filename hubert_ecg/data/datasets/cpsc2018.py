@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, read_table, walk
+from hubert_ecg.data.dataset import Dataset, Entry, locate, number, walk
 from hubert_ecg.data.readers import read_record
 from hubert_ecg.data.record import Record
+from hubert_ecg.data.tables import read_table
 
 _TABLE = "REFERENCE.csv"
 # Classes 1 to 9 of the challenge (Liu et al., J Med Imaging Health Inform 2018), by their Challenge 2020 abbreviations.
@@ -31,8 +32,8 @@ class Cpsc2018(Dataset):
             raise UserError(f"cpsc2018: no {_TABLE} in {self.data_path}")
         files = {path.stem: path for path in walk(self.data_path, {".mat"})}
         entries = []
-        for row in read_table("cpsc2018", table, {"Recording", "First_label"}).to_dict("records"):
-            name = row["Recording"].strip()
+        for row in read_table("cpsc2018", table, {"Recording", "First_label"}).rows.values():
+            name = row["Recording"]
             path = files.get(name, table.parent / f"{name}.mat")
             entries.append(
                 Entry(
@@ -50,7 +51,7 @@ class Cpsc2018(Dataset):
 
 
 def _label(table: Path, name: str, cell: str) -> str:
-    if not cell.strip():
+    if not cell:
         return ""
     position = number(cell)
     if position is None or position not in range(1, len(_CLASSES) + 1):

@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, walk
-from hubert_ecg.data.folds import fold_of, plain_name
+from hubert_ecg.data.dataset import Dataset, Entry, files_in, number, walk
+from hubert_ecg.data.folds import FOLD_COLUMNS, fold_of, plain_name
 from hubert_ecg.data.readers import READERS
 from hubert_ecg.data.record import sex_of
+from hubert_ecg.data.store import stream_hash
+from hubert_ecg.data.tables import SUFFIXES, Table, check_unique, is_blank, read_table, whole
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_TABLE = "labels.csv"
+_LABELS = {f"labels{suffix}" for suffix in SUFFIXES}
 # ptbxl_all_train.csv, ptbxl_all_val.csv and ptbxl_all_test.csv: published splits.
 _SPLIT = re.compile(r"(?P<name>.+)_(?P<split>train|val|valid|validation|test)", re.IGNORECASE)
 _COLUMNS = {
     "file": ("filename", "file_name", "file", "save_file", "path", "record"),
     "record_id": ("record_id", "ecg_id"),
     "patient_id": ("patient_id", "patient", "subject_id", "subject"),
-    "fold": ("fold", "strat_fold", "split"),
+    "fold": FOLD_COLUMNS,
     "age": ("age",),
     "sex": ("sex", "gender", "is_male"),
 }
+_NAMES = {*_COLUMNS["file"], *_COLUMNS["record_id"]}
+_BITS = {**dict.fromkeys(("true", "yes", "y"), 1), **dict.fromkeys(("false", "no", "n"), 0)}
 
 
 class CsvTable(Dataset):
-    """Recordings listed in ``labels.csv``, in the only .csv file of the folder, or in the tables of published splits
-    ``<name>_train.csv``, ``<name>_val.csv`` and ``<name>_test.csv``.
+    """Recordings listed in ``labels.csv``, in the only table of the folder, or in the tables of published splits
+    ``<name>_train.csv``, ``<name>_val.csv`` and ``<name>_test.csv``. Tables may end in .tsv too.
 
     A table has a column ``filename`` (a path relative to the folder, or a name found once below it; the suffix may be
     left out or another), and may have ``record_id``, ``patient_id``, ``fold`` (1 to 10) or ``split`` (train,
-    validation, test), ``age`` and ``sex``. Every other column of 0 and 1, true and false, or yes and no is a label of
-    the task ``all``; a blank there counts as 0. Every other column of numbers is a regression task of its own, named
-    like the column. Columns of text are left out. Commas, semicolons or tabs split the columns.
+    validation, test), ``age`` and ``sex``. Every other column of 0 and 1, true and false, yes and no, or y and n is a
+    label of the task ``all``; a blank there counts as 0. Every other column of numbers is a regression task of its own,
+    named like the column. Other columns are left out, and :attr:`left_out` says why. Commas, semicolons or tabs split
+    the columns.
+
+    Attributes:
+        left_out: Columns that are neither labels nor numbers, each with the first cell that says so.
     """
 
     name = "csv"
@@ -44,36 +51,43 @@ class CsvTable(Dataset):
     def __init__(self, data_path: Path | None = None, **unstated: Any):
         super().__init__(data_path, **unstated)
         self._tables = _find_tables(self.data_path)
-        rows = self._rows()
-        columns = {name.strip().lower(): name for name in reversed(rows.columns)}
-        self._roles = {
-            role: next((columns[name] for name in names if name in columns), None) for role, names in _COLUMNS.items()
-        }
+        tables = self._read()
+        first = tables[0]
+        self._roles = {role: first.column(names) for role, names in _COLUMNS.items()}
         if self._roles["file"] is None:
             raise UserError(
-                f"csv: {self._table} must have a column filename, got {', '.join(rows.columns)}; "
+                f"csv: {first.path} must have a column filename, got {', '.join(first.columns)}; "
                 "--dataset folder reads the recordings without it"
             )
-        used = set(self._roles.values())
-        facts = [name for name in rows.columns if name not in used and not name.startswith("Unnamed")]
-        self._labels = [name for name in facts if _is_label(rows[name])]
-        self._numbers = [name for name in facts if name not in self._labels and rows[name].dtype.kind in "iuf"]
+        self._labels, self._numbers = [], []
+        self.left_out: dict[str, str] = {}
+        for name in first.columns:
+            # A second name of a file is no label, whatever it is.
+            if name in self._roles.values() or name.lower() in _NAMES or name.startswith("Unnamed: "):
+                continue
+            cells = [cell for cell in _cells(tables, name) if not is_blank(cell[0])]
+            no_bit = next((place for place, cell in enumerate(cells) if _as_bit(cell[0]) is None), None)
+            no_number = next((place for place, cell in enumerate(cells) if number(cell[0]) is None), None)
+            if not cells:
+                self.left_out[name] = "blank"
+            elif no_bit is None:
+                self._labels.append(name)
+            elif no_number is None:
+                self._numbers.append(name)
+            else:
+                value, where = cells[max(no_bit, no_number)]
+                self.left_out[name] = f"{reprlib.repr(value)} in {where}"
         self.tasks = (("all",) if self._labels else ()) + tuple(self._numbers)
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return (folder / _TABLE).is_file()
-
-    @property
-    def _table(self) -> Path:
-        """The table, or the first of several, as messages name it."""
-        return self._tables[0][0]
+        return any(map(_is_labels, _tables_in(folder)))
 
     def problem_of(self, task: str) -> str:
         return "regression" if task in self._numbers else "multilabel"
 
     def entries(self) -> list[Entry]:
-        root = self._table.parent
+        root = self._tables[0][0].parent
         files = {path.relative_to(root).as_posix(): path for path in walk(root, READERS.keys())}
         # A header wins over the .mat file that it describes: it comes last.
         last = sorted(files, key=lambda source: source.endswith(".hea"))
@@ -81,106 +95,112 @@ class CsvTable(Dataset):
         names: dict[str, list[Path]] = {}
         for stem, path in stems.items():
             names.setdefault(plain_name(stem), []).append(path)
-        entries = []
-        for row in self._rows().to_dict("records"):
-            source = Path(str(row[self._roles["file"]]).strip()).as_posix()
-            found = files.get(source) or stems.get(source) or stems.get(Path(source).with_suffix("").as_posix())
-            alike = names.get(plain_name(source), [])
-            entries.append(self._entry(row, source, found or (alike[0] if len(alike) == 1 else root / source)))
-        _check_unique(self._table, [entry.record_id for entry in entries])
+        entries, rows = [], []
+        for table, (_, split) in zip(self._read(), self._tables, strict=True):
+            for line, row in table.rows.items():
+                if not (named := row[self._roles["file"] or ""]):
+                    raise UserError(f"csv: {table.where(line)}: {self._roles['file']} must name a file, got a blank")
+                source = Path(named).as_posix()
+                found = files.get(source) or stems.get(source) or stems.get(Path(source).with_suffix("").as_posix())
+                alike = names.get(plain_name(source), [])
+                path = found or (alike[0] if len(alike) == 1 else root / source)
+                entries.append(self._entry(row, source, path, split, table.where(line)))
+                rows.append((entries[-1].record_id, table.where(line)))
+        check_unique("csv", rows)
         return entries
 
-    def _rows(self) -> pd.DataFrame:
-        import pandas as pd
+    def fingerprint(self) -> str:
+        # Whatever the tables end in.
+        return stream_hash([super().fingerprint().encode(), *(path.read_bytes() for path, _ in self._tables)])
 
-        frames = []
-        for table, split in self._tables:
-            try:
-                separator = _separator(table)
-                columns = pd.read_csv(table, sep=separator, nrows=0).columns
-                # 00001 is a name and not the number 1.
-                names = [n for n in columns if n.strip().lower() in (*_COLUMNS["file"], *_COLUMNS["record_id"])]
-                frame = pd.read_csv(table, sep=separator, dtype=dict.fromkeys(names, str))
-            except (ValueError, UnicodeDecodeError) as error:
-                raise UserError(f"csv: {table} cannot be read: {error}") from error
-            frames.append(frame if split is None else frame.assign(fold=fold_of(split)))
-        return pd.concat(frames, ignore_index=True)
+    def _read(self) -> list[Table]:
+        tables = [read_table("csv", path) for path, _ in self._tables]
+        for table in tables:
+            if odd := set(table.columns) ^ set(tables[0].columns):
+                raise UserError(
+                    f"csv: {table.path} must have the columns of {tables[0].path}, got others: {', '.join(sorted(odd))}"
+                )
+        return tables
 
-    def _entry(self, row: dict[str, Any], source: str, path: Path) -> Entry:
-        def fact(role: str) -> Any:
+    def _entry(self, row: Mapping[str, str], source: str, path: Path, split: str | None, where: str) -> Entry:
+        def fact(role: str) -> str | None:
             column = self._roles[role]
-            return None if column is None or row[column] != row[column] else row[column]
+            return None if column is None or is_blank(row[column]) else row[column]
 
-        patient, stated, record_id = fact("patient_id"), fact("fold"), fact("record_id")
+        patient, stated, sex = fact("patient_id"), split or fact("fold"), fact("sex")
         fold = None if stated is None else fold_of(stated)
         if fold is None and stated is not None:
             raise UserError(
-                f"csv: fold in {self._table} must be 1 to 10, got {stated} for {source}; or a column split says train, "
+                f"csv: fold in {where} must be 1 to 10, got {stated} for {source}; or a column split says train, "
                 "validation or test"
             )
+        if self._roles["sex"] is not None and self._roles["sex"].lower() == "is_male":
+            sex = {1: "male", 0: "female", None: None}[_as_bit(sex or "")]
         values = {name: number(row[name]) for name in self._numbers}
         return Entry(
-            record_id=_name(record_id) if record_id is not None else source,
+            record_id=fact("record_id") or source,
             path=path,
             source=source,
-            patient_id=None if patient is None else _name(patient),
+            patient_id=None if patient is None else whole(patient),
             fold=fold,
             age=number(fact("age")),
-            sex=self._sex(fact("sex")),
+            sex=sex_of(sex),
             labels={"all": tuple(sorted(name for name in self._labels if _as_bit(row[name]) == 1))}
             if self._labels
             else {},
             values={name: value for name, value in values.items() if value is not None},
         )
 
-    def _sex(self, value: Any) -> str | None:
-        if str(self._roles["sex"]).strip().lower() == "is_male":
-            return {1: "male", 0: "female"}.get(_as_bit(value))
-        return sex_of(value)
-
 
 def _find_tables(folder: Path) -> list[tuple[Path, str | None]]:
     """The tables to read, each with the split that its name says."""
-    table = locate(folder, _TABLE)
-    if table is not None:
-        return [(table, None)]
-    tables = sorted(folder.glob("*.csv")) or sorted(folder.glob("*/*.csv"))
+    below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    levels = [_tables_in(folder), [table for path in below for table in _tables_in(path)]]
+    for level in levels:
+        labels = [table for table in level if _is_labels(table)]
+        if len(labels) > 1 and len({table.read_bytes() for table in labels}) > 1:
+            places = list(dict.fromkeys(str(table.parent) for table in labels))
+            if len(places) < len(labels):
+                names = ", ".join(str(table) for table in labels)
+                raise UserError(f"csv: a folder must hold one table of labels, got {names}: keep one")
+            raise UserError(
+                f"several folders below {folder} have a labels.csv: name one of them, or all: "
+                f"--data_path {','.join(places)}"
+            )
+        if labels:
+            return [(labels[0], None)]
+    tables = levels[0] or levels[1]
     splits = [_SPLIT.fullmatch(table.stem) for table in tables]
     if len(tables) > 1 and all(splits) and len({match["name"] for match in splits if match}) == 1:
         return [(table, match["split"]) for table, match in zip(tables, splits, strict=True) if match]
     if len(tables) != 1:
-        found = ", ".join(path.name for path in tables) or "no .csv file"
+        found = ", ".join(path.name for path in tables) or "no .csv or .tsv file"
         raise UserError(
-            f"csv: {folder} must hold {_TABLE}, one other table, or NAME_train.csv, NAME_val.csv and NAME_test.csv, "
+            f"csv: {folder} must hold labels.csv, one other table, or NAME_train.csv, NAME_val.csv and NAME_test.csv, "
             f"got {found}"
         )
     return [(tables[0], None)]
 
 
-def _separator(table: Path) -> str:
-    """What splits the columns of the first line."""
-    with open(table, encoding="utf-8-sig") as file:
-        line = file.readline()
-    return next((mark for mark in ",;\t" if mark in line), ",")
+def _tables_in(folder: Path) -> list[Path]:
+    return [path for suffix in SUFFIXES for path in files_in(folder, suffix)]
 
 
-def _is_label(column: pd.Series) -> bool:
-    values = {_as_bit(value) for value in column.dropna().unique()}
-    return bool(values) and values <= {0, 1}
+def _is_labels(table: Path) -> bool:
+    return table.name.lower() in _LABELS
 
 
-def _as_bit(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return {"true": 1, "false": 0, "yes": 1, "no": 0, "1": 1, "0": 0}.get(value.strip().lower(), value)
+def _cells(tables: Sequence[Table], column: str) -> list[tuple[str, str]]:
+    """The different cells of a column, each with the row that has it first."""
+    first: dict[str, str] = {}
+    for table in tables:
+        for line, row in table.rows.items():
+            if row[column] not in first:
+                first[row[column]] = f"{table.path.name}, line {line}"
+    return list(first.items())
 
 
-def _name(value: Any) -> str:
-    """A number as its digits: a column with gaps reads 123 as 123.0."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _check_unique(table: Path, names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"csv: record {twice} occurs twice in {table}")
+def _as_bit(cell: str) -> int | None:
+    """1 or 0, if a cell says either."""
+    value = _BITS.get(cell.lower(), number(cell))
+    return int(value) if value in (0, 1) else None

@@ -13,7 +13,7 @@ from hubert_ecg.data.readers import READERS
 from hubert_ecg.data.store import is_store
 
 # Data sets are known by files of these kinds.
-_SIGNS = {".hea", ".csv", ".txt"}
+_SIGNS = {".hea", ".csv", ".tsv", ".txt"}
 _ANY = "folder"
 
 
@@ -39,11 +39,11 @@ def _find(folder: Path, known: Mapping[str, type[Dataset]], seen: set[str]) -> l
         return []
     seen.add(place)
     inside = sorted((item for item in os.scandir(folder) if not item.name.startswith(".")), key=lambda item: item.name)
-    files = [path for item in inside if not item.is_dir() and (path := Path(item)).suffix.lower() in READERS]
+    files = [Path(item) for item in inside if not item.is_dir()]
     name = None
     if any(path.suffix.lower() in _SIGNS for path in files):
         name = next((name for name, dataset in known.items() if dataset.recognises(folder)), None)
-    if name is None and any(map(is_recording, files)):
+    if name is None and any(is_recording(path) for path in files if path.suffix.lower() in READERS):
         name = _ANY
     own = [] if name is None else [(name, folder)]
     if name is not None and name != _ANY and not known[name].spread:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hubert_ecg.config import UserError
-from hubert_ecg.data.dataset import Dataset, Entry, locate, number, read_table, walk
+from hubert_ecg.data.dataset import Dataset, Entry, locate, number, walk
 from hubert_ecg.data.readers import read_record
 from hubert_ecg.data.record import Record, sex_of
+from hubert_ecg.data.tables import read_table
 
 _TABLE = "metadata.csv"
 _COLUMNS = {"ECG_ID", "AHA_Code", "Patient_ID", "Age", "Sex"}
@@ -52,11 +53,11 @@ class Sph(Dataset):
             return "AHA_Code" in file.readline(1000)
 
     def entries(self) -> list[Entry]:
-        rows = read_table("sph", self._table, _COLUMNS)
+        table = read_table("sph", self._table, _COLUMNS)
         files = {path.stem: path for path in walk(self._table.parent, {".h5", ".hdf5"})}
         entries = []
-        for row in rows.to_dict("records"):
-            name = Path(row["ECG_ID"].strip()).stem
+        for row in table.rows.values():
+            name = Path(row["ECG_ID"]).stem
             path = files.get(name, self._table.parent / "records" / f"{name}.h5")
             codes = {statement.split("+")[0].strip() for statement in row["AHA_Code"].split(";")} - {""}
             entries.append(
@@ -64,7 +65,7 @@ class Sph(Dataset):
                     record_id=name,
                     path=path,
                     source=path.relative_to(self.data_path).as_posix(),
-                    patient_id=row["Patient_ID"].strip() or None,
+                    patient_id=row["Patient_ID"] or None,
                     age=number(row["Age"]),
                     sex=sex_of(row["Sex"]),
                     labels={"all": tuple(sorted({aha_statements().get(code, code) for code in codes}))},
