@@ -92,7 +92,7 @@ def test_ptbxl_runs_no_code_from_its_table(ptbxl, codes):
     table = pd.read_csv(ptbxl / "ptbxl_database.csv")
     table.loc[1, "scp_codes"] = codes
     table.to_csv(ptbxl / "ptbxl_database.csv", index=False)
-    with pytest.raises(UserError, match="scp_codes of ecg_id 2 must be a dictionary"):
+    with pytest.raises(UserError, match=r"database\.csv, line 3: scp_codes of ecg_id 2 must be a dictionary"):
         open_dataset("ptbxl", ptbxl).entries()
 
 
@@ -105,9 +105,52 @@ def test_ptbxl_without_its_tables(ptbxl):
         open_dataset("ptbxl", ptbxl)
 
 
-def test_ptbxl_table_that_is_no_table(ptbxl):
-    (ptbxl / "ptbxl_database.csv").write_text("")
-    with pytest.raises(UserError, match=r"ptbxl: .*ptbxl_database\.csv cannot be read"):
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        *(
+            ("strat_fold", x, rf"strat_fold of ecg_id 2 must be 1 to 10, got '{x}'")
+            for x in ("11", "300", "0", "x", "")
+        ),
+        ("scp_codes", "{'NORM': 100.0, 'XYZ': 0.0}", r"scp_codes of ecg_id 2 must be statements of .*\.csv, got XYZ"),
+        ("scp_codes", "(" * 9999, r"scp_codes of ecg_id 2 must be a dictionary of statements, got '\(+\.\.\.\(+'$"),
+        ("ecg_id", "1", r"record 1 occurs twice, first in .*ptbxl_database\.csv, line 2"),
+        ("ecg_id", "", r"ecg_id must not be blank"),
+        ("filename_hr", "", r"filename_hr must not be blank"),
+    ],
+)
+def test_ptbxl_cells_that_say_nothing_right(ptbxl, column, value, message):
+    table = pd.read_csv(ptbxl / "ptbxl_database.csv", dtype=str)
+    table.loc[1, column] = value
+    table.to_csv(ptbxl / "ptbxl_database.csv", index=False)
+    with pytest.raises(UserError, match=rf"^ptbxl: .*ptbxl_database\.csv, line 3: {message}"):
+        open_dataset("ptbxl", ptbxl).entries()
+
+
+@pytest.mark.parametrize(
+    ("file", "column"),
+    [
+        *(("ptbxl_database.csv", name) for name in ("ecg_id", "patient_id", "strat_fold", "filename_hr", "scp_codes")),
+        *(("scp_statements.csv", name) for name in ("diagnostic", "form", "rhythm", "diagnostic_class")),
+        *(("ptbxl_labels.csv", name) for name in ("super_class", "sub_class", "form", "rhythm")),
+    ],
+)
+def test_ptbxl_tables_without_a_column(ptbxl, shared_data, file, column):
+    if file == "ptbxl_labels.csv":
+        (ptbxl / "ptbxl_database.csv").unlink()
+        (ptbxl / file).write_text((shared_data / "ptbxl" / file).read_text())
+    pd.read_csv(ptbxl / file, dtype=str).rename(columns={column: "other"}).to_csv(ptbxl / file, index=False)
+    with pytest.raises(UserError, match=rf"^ptbxl: .*{file} has no column {column}$"):
+        open_dataset("ptbxl", ptbxl).entries()
+
+
+@pytest.mark.parametrize("file", ["ptbxl_database.csv", "scp_statements.csv"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "cannot be read: it is empty"), (b"a,b\n\xe9,1\n", "line 2: must be text in UTF-8")]
+)
+def test_ptbxl_tables_that_are_no_tables(ptbxl, file, content, message):
+    (ptbxl / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^ptbxl: .*{file},? {message}"):
         open_dataset("ptbxl", ptbxl).entries()
 
 
