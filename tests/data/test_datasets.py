@@ -311,6 +311,21 @@ def test_hefei_findings_outside_of_the_list(hefei):
         open_dataset("hefei", folder).entries()
 
 
+@pytest.mark.parametrize("file", ["hf_round2_label.txt", "hf_round1_arrythmia.txt"])
+def test_hefei_tables_that_are_no_text(hefei, file):
+    folder, _ = hefei
+    (folder / file).write_bytes("1.txt\t40\tMALE\t窦性心律\n\n".encode() + b"2.txt\t40\tMALE\t\xff\n")
+    with pytest.raises(UserError, match=rf"^hefei: .*{file}, line 3: must be text in UTF-8, got the byte 0xff"):
+        open_dataset("hefei", folder).entries()
+
+
+def test_hefei_tables_in_its_other_encoding(hefei):
+    folder, _ = hefei
+    (folder / "hf_round2_label.txt").write_bytes("\n1.txt\t40\tMALE\t窦性心律\n2.txt\t\t\tx\n".encode("gb18030"))
+    with pytest.raises(UserError, match=r"hf_round2_label\.txt, line 3: x is in no list"):
+        open_dataset("hefei", folder).entries()
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_csv_of_other_separators_and_words(tmp_path, separator):
     rows = ["filename", "AF", "SR", "ef"], ["a.npy", "yes", "True", "55.5"], ["b.npy", "No", "", "60"]

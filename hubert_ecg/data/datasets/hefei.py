@@ -19,6 +19,7 @@ from hubert_ecg.data.dataset import Dataset, Entry, number, walk
 from hubert_ecg.data.datasets.challenge import Challenge
 from hubert_ecg.data.readers import ReadError, read_record
 from hubert_ecg.data.record import Record, sex_of
+from hubert_ecg.data.tables import read_text
 
 _MV_PER_STEP = 4.88e-3
 _NUM_SAMPLES = 5000
@@ -61,7 +62,7 @@ class Hefei(Dataset):
         if not tables:
             raise UserError(f"hefei: no label table (hf_round1_label.txt, ...) in {self.data_path}")
         lists = [path for path in texts if path.stem.endswith("_arrythmia")]
-        findings = {line.strip() for path in lists for line in _lines(path)}
+        findings = {line.strip() for path in lists for _, line in _lines(path)}
         recordings: dict[str, list[Path]] = {}
         for path in texts:
             recordings.setdefault(path.name, []).append(path)
@@ -70,7 +71,7 @@ class Hefei(Dataset):
         entries = []
         for table in tables:
             prefix = table.stem.removesuffix("_label")
-            for line_number, line in enumerate(_lines(table), start=1):
+            for line_number, line in _lines(table):
                 name, age, sex, *labels = (field.strip() for field in [*line.split("\t"), "", ""])
                 labels = [label for label in labels if label]
                 if findings and (unknown := set(labels) - findings):
@@ -99,12 +100,10 @@ class Hefei(Dataset):
         return record.replace(signal=record.signal * _MV_PER_STEP)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = path.read_text(encoding="gb18030")
-    return [line for line in text.splitlines() if line.strip()]
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that say something, each with its number."""
+    lines = read_text("hefei", path, "gb18030").splitlines()
+    return [(line_number, line) for line_number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _nearest(paths: list[Path], prefix: str) -> Path | None:
