@@ -109,10 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hubert-ecg: error: {_one_line(error)}", file=sys.stderr)
         return 1
     except OSError as error:
+        from hubert_ecg.files import FULL
+
         # A file that cannot be read or written is the user's to mend; what has no name is not about a file.
-        if error.filename is None:
+        full = error.errno in FULL
+        if error.filename is None and not full:
             raise
-        print(f"hubert-ecg: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        hint = "; make room, or name another folder, and run the command again" if full else ""
+        print(f"hubert-ecg: error: {said}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hubert-ecg: stopped", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hubert_ecg.config import UserError
-from hubert_ecg.files import forget_pages, write_json
+from hubert_ecg.files import forget_pages, new_array, write_json
 
 if TYPE_CHECKING:
     from hubert_ecg.data.store import Store
@@ -91,7 +91,7 @@ class LabelWriter:
         with FileLock(self._file.with_name(f".{name}.lock")):
             if not (self._begun.is_file() and _says(begun_facts, self.facts)):
                 begun_facts.unlink(missing_ok=True)
-                values = np.lib.format.open_memmap(self._begun, "w+", dtype, shape)
+                values = new_array(self._begun, dtype, shape)
                 for first in range(0, shape[1], _BLOCK):
                     values[:, first : first + _BLOCK] = _NONE
                     forget_pages(values)

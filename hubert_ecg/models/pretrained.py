@@ -128,8 +128,9 @@ def save_file(model: Pretrained, path: str | os.PathLike[str], extra: Mapping[st
         "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         "extra": dict(extra or {}),
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    # By a file of Python's: torch's own keeps for itself what the system says.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hubert_ecg.config import UserError
 from hubert_ecg.data.progress import SECONDS_BETWEEN_LINES, clock
-from hubert_ecg.files import replacing
+from hubert_ecg.files import naming, replacing
 from hubert_ecg.train import distributed
 
 
@@ -48,11 +48,13 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on disk for other readers when this returns."""
-        self._writer.writerow({key: _text(value) for key, value in row.items()})
-        self._file.flush()
+        with naming(self.path):
+            self._writer.writerow({key: _text(value) for key, value in row.items()})
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 class Logs:

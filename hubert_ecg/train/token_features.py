@@ -16,7 +16,7 @@ from hubert_ecg.clustering import forget_pages
 from hubert_ecg.config import UserError
 from hubert_ecg.data import Loader, plain_pickle
 from hubert_ecg.data.progress import Progress
-from hubert_ecg.files import replacing, write_json
+from hubert_ecg.files import new_array, replacing, write_json
 from hubert_ecg.models import HubertECGConfig, token_mask
 from hubert_ecg.models.shape import num_tokens
 from hubert_ecg.signal import LEADS
@@ -62,8 +62,7 @@ class TokenFeatures:
             return np.empty(shape, dtype), np.empty(shape[:2], bool)
         path.mkdir(parents=True, exist_ok=True)
         (path / _FACTS).unlink(missing_ok=True)
-        features = np.lib.format.open_memmap(path / "features.npy", "w+", dtype, shape)
-        return features, np.lib.format.open_memmap(path / "valid.npy", "w+", np.bool_, shape[:2])
+        return new_array(path / "features.npy", dtype, shape), new_array(path / "valid.npy", np.bool_, shape[:2])
 
     @staticmethod
     def allocated(path: Path) -> tuple[Any, Any]:

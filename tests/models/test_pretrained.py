@@ -156,7 +156,7 @@ def test_a_failed_write_leaves_the_old_file(pretraining, tmp_path, monkeypatch):
     save_file(pretraining, tmp_path / "m.pt", {"step": 1})
 
     def fails(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fails)
