@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import signal as os_signal
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -90,7 +92,8 @@ def packed_chunks(
     pending: collections.deque[tuple[int, Any]] = collections.deque()
     try:
         for position, chunk in chunks:
-            pending.append((position, pool.submit(_work, chunk)))
+            with _deaf_children():
+                pending.append((position, pool.submit(_work, chunk)))
             if len(pending) > 4 * num_workers:
                 position, future = pending.popleft()
                 yield position, future.result()
@@ -102,8 +105,31 @@ def packed_chunks(
             "a process that packs recordings died (out of memory?): run again to go on, or with num_workers 0; "
             "a script must keep its work under: if __name__ == '__main__'"
         ) from error
+    except BaseException:
+        # They write nothing: what they are at, or still import, is not worth waiting for.
+        for worker in list((pool._processes or {}).values()):
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that begin here do not hear Ctrl-C, which reaches the whole group.
+
+    They import for seconds before they can see to that themselves, and each would tell where it was.
+    """
+    if not hasattr(os_signal, "pthread_sigmask"):
+        yield
+        return
+    # Begun with the first process, it would let the signal through again.
+    resource_tracker.ensure_running()
+    mask = os_signal.pthread_sigmask(os_signal.SIG_BLOCK, {os_signal.SIGINT})
+    try:
+        yield
+    finally:
+        os_signal.pthread_sigmask(os_signal.SIG_SETMASK, mask)
 
 
 _worker: tuple[Dataset, Settings] | None = None
@@ -113,7 +139,7 @@ def _start_worker(dataset: Dataset, settings: Settings) -> None:
     import torch
 
     global _worker
-    # Ctrl-C reaches the whole group of processes; the parent ends the others in order.
+    # Where a process cannot begin deaf.
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
     # A parent that is killed cannot end anyone: without this its workers would wait for work for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()

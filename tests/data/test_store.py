@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -422,6 +423,41 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
             parent.communicate(timeout=30)
         except subprocess.TimeoutExpired:
             os.kill(worker, signal.SIGKILL)
+            raise
+
+
+_STOPPED_PARENT = """
+import sys, time
+from pathlib import Path
+
+if __name__ == "__mp_main__":
+    # What a worker does first, and for seconds: it imports.
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    from hubert_ecg.data.packing import Settings, packed_chunks
+
+    try:
+        list(packed_chunks(None, Settings(), [(0, [])], 2))
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no masks of signals")
+def test_workers_that_still_import_end_without_a_word_at_ctrl_c(tmp_path):
+    (tmp_path / "parent.py").write_text(_STOPPED_PARENT)
+    command = [sys.executable, tmp_path / "parent.py", tmp_path / "begun"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        try:
+            end = time.monotonic() + 60
+            while not (tmp_path / "begun").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            os.killpg(parent.pid, signal.SIGINT)
+            assert parent.communicate(timeout=30) == (None, "stopped\n")
+        except BaseException:
+            os.killpg(parent.pid, signal.SIGKILL)
             raise
 
 
