@@ -28,6 +28,11 @@ _log = logging.getLogger(__name__)
 
 FORMAT = "hubert-ecg model, version 1"
 PUBLISHED = {f"hubert_ecg_{size}": f"Edoardo-BS/hubert-ecg-{size}" for size in ("small", "base", "large")}
+_ACCEPTED = (
+    "give a .pt file of pretrain or finetune, a folder of config.json and model.safetensors or pytorch_model.bin, "
+    f"a hub id (org/name), or one of {', '.join(PUBLISHED)}"
+)
+_NO_MODEL = f"holds no model, which is a config and a dict of tensors: {_ACCEPTED}"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Parts that one class has and another has not: they are drawn afresh, or left out, and the log says so.
 _HEADS = ("final_proj", "label_embedding", "classifier", "projector", "lm_head", "layer_weights", "masked_spec_embed")
@@ -86,10 +91,7 @@ class Pretrained:
         """
         fields, tensors = read_weights(locate(name_or_path))
         changes = {name: overrides.pop(name) for name in _FIELDS & overrides.keys()}
-        try:
-            old = HubertECGConfig.from_dict(fields)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name_or_path} is no model that this package has: {error}") from error
+        old = config_of(fields, source=str(name_or_path))
         try:
             model: Any = cls(dataclasses.replace(old, **changes), **overrides)  # type: ignore[call-arg]
         except ValueError as error:
@@ -142,7 +144,7 @@ def load_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     content = _torch_load(Path(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("class") not in _CLASSES:
         raise UserError(f"{path} is not a model file of this package; load it with from_pretrained")
-    model: Any = _CLASSES[content["class"]](HubertECGConfig.from_dict(content["config"]))  # type: ignore[call-arg]
+    model: Any = _CLASSES[content["class"]](config_of(content["config"], source=str(path)))  # type: ignore[call-arg]
     load_weights(model, content["state_dict"], source=str(path))
     return model.eval(), content["extra"]
 
@@ -160,8 +162,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     repository = PUBLISHED.get(text, text)
     looks_local = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or (path.parent.is_dir() and "/" in text)
     if looks_local or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
-        known = ", ".join(PUBLISHED)
-        raise UserError(f"no model at {text}: give a .pt file, a model folder, a hub id (org/name), or one of {known}")
+        raise UserError(f"no model at {text}: {_ACCEPTED}")
     return _download(repository)
 
 
@@ -200,8 +201,20 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     fields, tensors = _read_folder(path) if path.is_dir() else _read_file(path)
     if not isinstance(fields, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds no model: it needs a config and a dict of tensors")
+        raise UserError(f"{path} {_NO_MODEL}")
     return _with_heads(fields, _canonical(tensors)), tensors
+
+
+def config_of(fields: Mapping[str, Any], *, source: str) -> HubertECGConfig:
+    """The config of a model that :func:`read_weights` has read.
+
+    Raises:
+        UserError: It is of a model that this package does not have.
+    """
+    try:
+        return HubertECGConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source} is no model that this package has: {error}") from error
 
 
 def _with_heads(fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -230,8 +243,8 @@ def _read_config(folder: Path) -> Any:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         inside = ", ".join(str(path.parent) for path in sorted(folder.glob("*/config.json")))
-        hint = f"; did you mean {inside}?" if inside else ""
-        raise UserError(f"{folder} is no model folder: it has no config.json{hint}") from error
+        hint = f"did you mean {inside}?" if inside else _ACCEPTED
+        raise UserError(f"{folder} is no model folder: it has no config.json; {hint}") from error
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not JSON: {error}") from error
 
@@ -248,7 +261,11 @@ def _read_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     if weights.suffix != ".json":
         return fields, _read_tensors(weights)
     tensors: dict[str, Any] = {}
-    for name in sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())):
+    try:
+        names = sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{weights} must say in which file each tensor is (weight_map): {error!r}") from error
+    for name in names:
         tensors.update(_read_tensors(folder / Path(name).name))
     return fields, tensors
 
@@ -270,15 +287,17 @@ def _read_tensors(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
     if path.suffix == ".safetensors":
+        if not (path.parent / "config.json").is_file():
+            raise UserError(f"{path} needs the config.json of its model beside it")
         return _read_config(path.parent), _read_tensors(path)
     content = _torch_load(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no model: it needs a config and a dict of tensors")
+        raise UserError(f"{path} {_NO_MODEL}")
     if content.get("format") == FORMAT:
         return content["config"], content["state_dict"]
     config, tensors = content.get("model_config"), content.get("model_state_dict")
     if not isinstance(config, dict | _Inert) or not isinstance(tensors, dict):
-        raise UserError(f"{path} holds no model: it needs a config and a dict of tensors; see save_file")
+        raise UserError(f"{path} {_NO_MODEL}")
     return config if isinstance(config, dict) else vars(config), tensors
 
 
@@ -305,12 +324,13 @@ def _torch_load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, ValueError) as error:
         raise UserError(
-            f"{path} holds Python objects that cannot be read without running code from the file. Where you trust it, "
-            "open it with the software that wrote it and keep plain values: c = torch.load(FILE, weights_only=False); "
+            f"{path} is no model ({_ACCEPTED}), or holds Python objects that cannot be read without running code from "
+            "the file. Where you trust it, open it with the software that wrote it and keep plain values: "
+            "c = torch.load(FILE, weights_only=False); "
             "torch.save({'model_state_dict': c['model_state_dict'], 'model_config': c['model_config'].to_dict()}, NEW)"
         ) from error
     except Exception as error:  # a damaged file can raise almost anything
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as a model: {_first_line(error)}; {_ACCEPTED}") from error
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str, fresh: tuple[str, ...] = ()) -> None:

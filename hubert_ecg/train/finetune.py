@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hubert_ecg import data, evaluation
 from hubert_ecg.config import FinetuneConfig, UserError, to_json
 from hubert_ecg.models import HubertECGConfig, HubertECGForClassification, save_file
-from hubert_ecg.models.pretrained import locate, read_weights
+from hubert_ecg.models.pretrained import config_of, locate, read_weights
 from hubert_ecg.train import distributed, machine, parallel
 from hubert_ecg.train.augment import Augment, augmentations
 from hubert_ecg.train.logs import check_wandb, say
@@ -119,7 +119,7 @@ def input_settings(config: FinetuneConfig) -> dict[str, Any]:
     if config.pretrained_model.startswith(_RANDOM):
         return {"downsampling_factor": 5, "compat": "corrected"}
     fields, _ = read_weights(locate(config.pretrained_model))
-    rate = HubertECGConfig.from_dict(fields).sampling_rate_hz
+    rate = config_of(fields, source=config.pretrained_model).sampling_rate_hz
     # Weights that do not say how they were made are published ones.
     return {"downsampling_factor": round(500 / rate), "compat": fields.get("compat", "published")}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hubert_ecg.config import AuditConfig, ExtractConfig, LabelConfig, PretrainConfig, UserError
 from hubert_ecg.features import Latent, default_layer
 from hubert_ecg.models import HubertECG, HubertECGConfig
-from hubert_ecg.models.pretrained import load_weights, locate, read_weights
+from hubert_ecg.models.pretrained import config_of, load_weights, locate, read_weights
 
 #: Settings that say what is clustered.
 FeatureConfig = ExtractConfig | LabelConfig | AuditConfig | PretrainConfig
@@ -95,11 +95,8 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 def _read(flag: str, name: str, shape: HubertECGConfig) -> tuple[HubertECGConfig, dict[str, Tensor]]:
     """The config and the weights of a model that reads the input of ``shape`` and has its tokens."""
     fields, tensors = read_weights(locate(name))
-    try:
-        # Weights that do not say how they were made are published ones.
-        own = HubertECGConfig.from_dict({"compat": "published", **fields})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--{flag} {name} is no model that this package has: {error}") from error
+    # Weights that do not say how they were made are published ones.
+    own = config_of({"compat": "published", **fields}, source=f"--{flag} {name}")
     for what, flags in (
         ("sampling_rate_hz", f"--downsampling_factor {500 / own.sampling_rate_hz:g}"),
         ("compat", f"--compat {own.compat}"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -365,6 +366,37 @@ def test_broken_folders_and_files_are_one_line(pretraining, tmp_path):
         load_file(tmp_path / "gone.pt")
     with pytest.raises(UserError, match="from_pretrained"):
         load_file(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pkl", "x.csv", "empty.pt"])
+def test_files_that_are_no_models_are_told_what_is(tmp_path, name):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"centroids": [1.0]}))
+    (tmp_path / "x.csv").write_text("filename,AF\n")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(UserError) as caught:
+        HubertECG.from_pretrained(tmp_path / name)
+    said = str(caught.value)
+    assert said.startswith(str(tmp_path / name))
+    assert "give a .pt file of pretrain or finetune" in said
+    assert all(word in said for word in ("config.json and model.safetensors", "hub id (org/name)", "hubert_ecg_base"))
+
+
+def test_tensors_without_their_config(pretraining, tmp_path):
+    save_safetensors(pretraining.state_dict(), tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match=r"alone\.safetensors needs the config\.json of its model beside it"):
+        HubertECG.from_pretrained(tmp_path / "alone.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(_published_config()))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index\.json must say in which file each tensor is \(weight_map\)"):
+        HubertECG.from_pretrained(tmp_path)
+
+
+def test_files_of_old_versions_of_torch_are_read(pretraining, tmp_path):
+    content = {"model_config": pretraining.config.to_dict(), "model_state_dict": pretraining.state_dict()}
+    torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    _assert_same_encoder(HubertECG.from_pretrained(tmp_path / "m.pt"), pretraining)
 
 
 def test_a_local_folder_wins_over_the_hub(pretraining, tmp_path, monkeypatch):
